@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..codebooks import STORED_DTYPE, GSRQCodebooks
 from ..config import KINDS, GSRQConfig, Kind
 from ..ops import encode_vectors
-from ..ops.reference import split_subspaces
+from ..ops.reference import look_up, split_subspaces
 from .capture import Samples
 from .gskm import METHODS, cluster
 from .report import LayerReport, StageQuality
@@ -221,8 +221,7 @@ def _subspaces(states: torch.Tensor, width: int) -> torch.Tensor:
 
 def _subtract(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Vectors `[M, N, S]` minus their nearest of `[M, 1, K, S]`."""
-    codes = encode_vectors(vectors, centroids)[:, 0].long()
-    return vectors - torch.gather(centroids[:, 0], 1, codes[..., None].expand_as(vectors))
+    return vectors - look_up(centroids[:, 0], encode_vectors(vectors, centroids)[:, 0])
 
 
 class _Checkpoint:

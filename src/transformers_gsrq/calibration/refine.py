@@ -8,8 +8,9 @@ from tqdm.auto import tqdm
 from ..codebooks import GSRQCodebooks
 from ..config import KINDS, Kind
 from ..ops import encode_vectors
+from ..ops.reference import look_up
 from .capture import Samples
-from .fit import HELD_OUT_SHARE, _subspaces, gradient_weights
+from .fit import _subspaces, gradient_weights, split_rows
 
 
 def refine(
@@ -53,8 +54,8 @@ def refine(
             norms = _subspaces(samples.gradients[layer, kind], width).norm(dim=-1)
             found = gradient_weights(norms, weighting, temperature)
             weights = weights if found is None else found
-        order = torch.randperm(vectors.shape[1], generator=torch.Generator().manual_seed(seed)).to(vectors.device)
-        held, kept = order[: max(1, int(len(order) * HELD_OUT_SHARE))], order[int(len(order) * HELD_OUT_SHARE) :]
+        kept, held = split_rows(vectors.shape[1], seed)
+        held = held if len(held) else kept[:1]
         best = codebooks.centroids(layer, kind, vectors.device, torch.float32)
         before = least = _error(vectors[:, held], weights[:, held], best, beam_width)
         current = best
@@ -94,7 +95,7 @@ def refit_stages(
     centroids = centroids.clone()
     left = vectors.clone()
     for stage in range(centroids.shape[1]):
-        left -= _look_up(centroids[:, stage], codes[:, stage])
+        left -= look_up(centroids[:, stage], codes[:, stage])
     first = torch.arange(num_subspaces, device=vectors.device)[:, None] * num_centroids
     for stage in range(centroids.shape[1]):
         rows = (codes[:, stage] + first).flatten()
@@ -105,18 +106,13 @@ def refit_stages(
         tiny = torch.finfo(mass.dtype).tiny
         move = torch.where(mass[:, None] > 0, pull / mass.clamp(min=tiny)[:, None], 0).view_as(centroids[:, stage])
         centroids[:, stage] += move
-        left -= _look_up(move, codes[:, stage])
+        left -= look_up(move, codes[:, stage])
     return centroids
-
-
-def _look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Rows of `[M, K, S]` by codes `[M, N]`."""
-    return torch.gather(table, 1, codes[..., None].expand(-1, -1, table.shape[-1]))
 
 
 def _error(vectors: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor, beam_width: int) -> float:
     codes = encode_vectors(vectors, centroids, beam_width).long()
     left = vectors.clone()
     for stage in range(centroids.shape[1]):
-        left -= _look_up(centroids[:, stage], codes[:, stage])
+        left -= look_up(centroids[:, stage], codes[:, stage])
     return ((left.square().sum(-1) * weights).sum() / (vectors.square().sum(-1) * weights).sum()).item()

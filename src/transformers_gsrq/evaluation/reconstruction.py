@@ -15,7 +15,7 @@ from ..calibration.report import StageQuality
 from ..codebooks import GSRQCodebooks
 from ..config import KINDS, GSRQConfig, Kind, legal_subspace_dims
 from ..ops import encode_vectors
-from ..ops.reference import split_subspaces
+from ..ops.reference import look_up, split_subspaces
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def measure_reconstruction(
         vectors = split_subspaces(states.transpose(0, 1)[None], made.config.subspace_dim(kind)).float()
         # Rounded to the model's dtype, as a cache holds them.
         centroids = made.centroids(layer, kind, vectors.device, model.dtype).float()
-        codes = encode_vectors(vectors, centroids, beam_width).long()
+        codes = encode_vectors(vectors, centroids, beam_width)
         left, stages = vectors, []
         for stage in range(centroids.shape[1]):
-            left = left - _centroids_of(centroids[:, stage], codes[:, stage])
+            left = left - look_up(centroids[:, stage], codes[:, stage])
             stages.append(StageQuality.measure(vectors, left))
         found[name].append(LayerReconstruction(layer, kind, tuple(stages)))
     return found
@@ -120,7 +120,7 @@ def compare_clusterings(
     rows = []
     for method in METHODS:
         result = cluster(vectors, num_centroids, iterations=iterations, method=method, seed=seed)
-        made = _centroids_of(result.centroids, result.codes)
+        made = look_up(result.centroids, result.codes)
         quality = StageQuality.measure(vectors, vectors - made)
         norms, made_norms = vectors.norm(dim=-1), made.norm(dim=-1)
         # Not relative to each norm: what a stage leaves of a vector can be next to nothing.
@@ -202,11 +202,6 @@ def sweep_states(
         vectors = split_subspaces(samples.states[layer, kind].transpose(0, 1)[None], width).float()
         rows += compare_clusterings(vectors, kind, num_centroids, iterations=iterations, seed=seed)
         first = cluster(vectors, num_centroids, method="kmeans", iterations=iterations, seed=seed)
-        residual = vectors - _centroids_of(first.centroids, first.codes)
+        residual = vectors - look_up(first.centroids, first.codes)
         rows += compare_clusterings(residual, f"{kind} residual", num_centroids, iterations=iterations, seed=seed)
     return rows
-
-
-def _centroids_of(centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Centroids `[M, K, S]` chosen by codes `[M, N]`, as `[M, N, S]`."""
-    return torch.gather(centroids, 1, codes[..., None].expand(-1, -1, centroids.shape[-1]))

@@ -107,6 +107,11 @@ def decode_vectors(codes: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor
     return summed.view(batch, num_tokens, -1)
 
 
+def look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Rows of a stage's centroids `[M, K, S]` by codes `[M, N]`, as `[M, N, S]`."""
+    return torch.gather(table, 1, codes.long()[..., None].expand(-1, -1, table.shape[-1]))
+
+
 def split_subspaces(states: torch.Tensor, width: int) -> torch.Tensor:
     """`[B, H, T, D]` to `[M, B*T, S]`: concatenate the heads, then cut into subspaces of `width` channels."""
     batch, num_heads, num_tokens, head_dim = states.shape
