@@ -7,7 +7,9 @@
 
 MODEL is a folder, a Hub id or a GGUF file. Text files hold one JSON object a line, with a "text". Results are written
 after every stage, and stages that would begin after --seconds are left out, so that an interrupted run keeps what it
-has.
+has. With several GPUs, run one part of the study on each (--parts), then join them:
+
+    python benchmarks/fidelity.py --join recipe.json improved.json baselines.json --output results.json
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ RATES = (2.0, 1.0, 0.75, 0.5, 0.375)
 # Distillation is the costly part; the rates that it is shown at.
 TRAINED_RATES = (1.0, 0.5)
 TASKS = ("needle", "needle_of_four")
+PARTS = ("recipe", "improved", "baselines")
+RECIPE = "GSKM + log"
 
 
 class Study:
@@ -192,7 +196,7 @@ class Study:
             )
         ]
         self.results["splits"] = {}
-        for rate in RATES:
+        for rate in RATES if "recipe" in self.args.parts else self.args.train_rates:
             bits = self.stages[rate] * 8 / self.results["subspace_dim"]
             choice = choose_split(
                 self.model,
@@ -224,8 +228,9 @@ class Study:
         """Distill codebooks under a name; their provenance goes into the results."""
         made = finetune(
             self.model, self.tokenizer, self.calibration, start, guard_texts=self.haystack[:40],
-            steps=self.args.steps, window_length=self.args.length, learning_rate=learning_rate,
-            evaluate_every=max(1, self.args.steps // 4), progress=False,
+            steps=self.args.steps, window_length=self.args.length, batch_size=self.args.train_batch,
+            learning_rate=learning_rate,
+            evaluate_every=max(1, self.args.steps // 8), progress=False,
         )  # fmt: skip
         self.codebooks[name, rate] = made
         record = made.provenance["distillation"]
@@ -263,6 +268,18 @@ def shuffled(items: list[Any]) -> list[Any]:
     return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
+def of_recipe(results: dict[str, Any], row: dict[str, Any]) -> str:
+    """A row's increase of perplexity as a fraction of the paper's recipe at the same rate, mean over the domains."""
+    recipe = results["rows"].get(f"{RECIPE} @{row['rate']:g}", {}).get("agreement", {})
+    if not recipe or not row["agreement"]:
+        return "-"
+    increases = [
+        [agreement[domain]["perplexity"]["increase"] for domain in results["data"]]
+        for agreement in (row["agreement"], recipe)
+    ]
+    return f"{sum(ours / theirs for ours, theirs in zip(*increases, strict=True)) / len(results['data']):.2f}"
+
+
 def print_table(results: dict[str, Any]) -> None:
     """Perplexity above the plain cache in percent, with standard errors, and retrieval."""
     domains = list(results["data"])
@@ -271,7 +288,7 @@ def print_table(results: dict[str, Any]) -> None:
     print(
         f"{'method':<28}{'bits':>6} "
         + "".join(f"{d:>16}" for d in domains)
-        + f"{'KL':>8}{'needle':>14}{'of four':>14}"
+        + f"{'of recipe':>10}{'KL':>8}{'needle':>14}{'of four':>14}"
     )
     for name, row in results["rows"].items():
         cells = []
@@ -291,18 +308,36 @@ def print_table(results: dict[str, Any]) -> None:
         print(
             f"{name:<28}{row['bits']:>6.3g} "
             + "".join(f"{c:>16}" for c in cells)
-            + f"{mean:>8.3f}"
+            + f"{of_recipe(results, row):>10}{mean:>8.3f}"
             + "".join(f"{s:>14}" for s in scores)
         )
+
+
+def join(paths: Iterable[str]) -> dict[str, Any]:
+    """One result of several parts of a study; a row that two of them have is that of the first."""
+    joined: dict[str, Any] = {"parts": []}
+    for path in paths:
+        part = json.loads(Path(path).read_text())
+        if joined.setdefault("data", part["data"]) != part["data"]:
+            raise SystemExit(f"{path} measured other texts than the parts before it.")
+        joined["parts"].append({key: part.pop(key) for key in ("settings", "seconds", "total_seconds") if key in part})
+        for key, value in part.items():
+            if key in ("rows", "splits", "distillation"):
+                joined[key] = {**value, **joined.get(key, {})}
+            else:
+                joined.setdefault(key, value)
+    return joined
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--domain", action="append", required=True, help="NAME=FILE")
-    parser.add_argument("--haystack", required=True)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--join", nargs="+", metavar="FILE", help="join the results of parts, and measure nothing")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--calibration")
+    parser.add_argument("--domain", action="append", default=[], help="NAME=FILE")
+    parser.add_argument("--haystack")
     parser.add_argument("--output", default="fidelity.json")
     parser.add_argument("--commit", default=git_commit(), help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no stage after this")
@@ -312,7 +347,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-vectors", type=int, default=32768)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of joint refinement")
-    parser.add_argument("--steps", type=int, default=160, help="steps of distillation")
+    parser.add_argument("--train-rates", type=float, nargs="+", default=TRAINED_RATES, help="bits to distill at")
+    parser.add_argument("--steps", type=int, default=480, help="steps of distillation")
+    parser.add_argument("--train-batch", type=int, default=1, help="windows of a step of distillation")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--try-rates", type=float, nargs="*", default=[], help="learning rates to choose from")
     parser.add_argument("--beam", type=int, default=4)
@@ -321,41 +358,60 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=8192)
     parser.add_argument("--prompt-batch", type=int, default=8)
     parser.add_argument("--choosing-prompts", type=int, default=16)
-    parser.add_argument("--brief", action="store_true", help="the paper's recipe, its split and distillation only")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.join and not (args.model and args.calibration and args.domain and args.haystack):
+        parser.error("a study needs MODEL, --calibration, --domain and --haystack")
+    return args
 
 
 def main() -> None:
     """Run all stages and print the table."""
     logging.basicConfig(level=logging.WARNING)
     args = parse()
-    study = Study(args)
-    high = study.stages[2.0]
+    if args.join:
+        results = join(args.join)
+        Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
+    else:
+        results = run_study(Study(args))
+    print_table(results)
+
+
+def run_study(study: Study) -> dict[str, Any]:
+    """All stages of the parts asked for."""
+    args = study.args
+    high, low = study.stages[2.0], study.stages[1.0]
     study.run("capture", study.capture)
-    study.run("fit log", lambda: study.learn("log", high, high + high // 4, weighting="log"))
     study.run("haystacks", study.read_haystacks)
-    study.run("log rows", lambda: study.measure(study.even_rows("log", "GSKM + log", RATES)))
-    study.run("choose split", study.choose)
-    if args.try_rates:
-        study.run("learning rates", study.tune)
-    for rate in TRAINED_RATES:
-        study.run(f"improve {rate:g}", lambda rate=rate: study.improve(rate), needs=60)
-        study.run(f"improved rows {rate:g}", lambda rate=rate: improved_rows(study, rate))
-    study.run("split rows", lambda: study.measure(study.learned_rows("split", RATES)))
-    study.run("scalar rows", lambda: scalar_rows(study))
-    if not args.brief:
-        low = study.stages[1.0]
-        for method in ("kmeans", "gskm"):
-            study.run(f"fit {method}", lambda m=method: study.learn(m, low, low, method=m, weighting="none"), needs=20)
-            study.run(f"{method} rows", lambda m=method: half_rows(study, m, m))
+    if "recipe" in args.parts or "improved" in args.parts:
+        study.run("fit log", lambda: study.learn("log", high, high + high // 4, weighting="log"))
+    if "recipe" in args.parts:
+        study.run("log rows", lambda: study.measure(study.even_rows("log", RECIPE, RATES)))
+    if "recipe" in args.parts or "improved" in args.parts:
+        study.run("choose split", study.choose)
+    if "improved" in args.parts:
+        if args.try_rates:
+            study.run("learning rates", study.tune)
+        for rate in args.train_rates:
+            study.run(f"improve {rate:g}", lambda rate=rate: study.improve(rate), needs=60)
+            study.run(f"improved rows {rate:g}", lambda rate=rate: improved_rows(study, rate))
+    if "recipe" in args.parts:
+        study.run("split rows", lambda: study.measure(study.learned_rows("split", RATES)))
+        study.run("attribution", lambda: attribution_rows(study))
+    if "baselines" in args.parts:
+        study.run("scalar rows", lambda: scalar_rows(study))
+        for method, weighting in (("kmeans", "none"), ("gskm", "none"), ("gskm", "raw")):
+            label = method if weighting == "none" else "GSKM + raw"
+            study.run(
+                f"fit {label}",
+                lambda m=method, w=weighting, n=label: study.learn(n, low, low, method=m, weighting=w),
+                needs=25,
+            )
+            study.run(f"{label} rows", lambda n=label: half_rows(study, n))
         study.run("coupled", lambda: coupled_rows(study), needs=20)
         study.run("strided", lambda: strided_rows(study), needs=20)
-        study.run("attribution", lambda: attribution_rows(study))
-        study.run("fit raw", lambda: study.learn("raw", low, low, weighting="raw"), needs=25)
-        study.run("raw rows", lambda: half_rows(study, "raw", "GSKM + raw"))
     study.results["total_seconds"] = round(study.elapsed(), 1)
     study.save()
-    print_table(study.results)
+    return study.results
 
 
 def improved_rows(study: Study, rate: float) -> None:
@@ -367,10 +423,10 @@ def improved_rows(study: Study, rate: float) -> None:
     study.measure(study.learned_rows("split", [rate], beam), prompts=0)
 
 
-def half_rows(study: Study, name: str, label: str) -> None:
+def half_rows(study: Study, name: str) -> None:
     """Rates of 1 bit and below; retrieval on a quarter of the prompts."""
     if name in study.codebooks:
-        study.measure(study.even_rows(name, label, RATES[1:]), prompts=4)
+        study.measure(study.even_rows(name, name, RATES[1:]), prompts=4)
 
 
 def scalar_rows(study: Study) -> None:
