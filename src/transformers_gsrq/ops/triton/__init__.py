@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-OLDEST_TRITON = (3, 6)
+OLDEST_TRITON = (3, 5)
 # Gathers from shared memory, and atomics on it, came to Gluon with this version.
 OLDEST_GLUON_TRITON = (3, 9)
 OLDEST_CAPABILITY = (8, 0)
@@ -54,12 +54,6 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@cache
-def shared_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have on a device; the interpreter has as much as it likes."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**30
-
-
 def unsupported_encode_reason(
     device: torch.device, dtype: torch.dtype, subspace_dim: int, num_centroids: int = NUM_CENTROIDS
 ) -> str | None:
@@ -73,10 +67,9 @@ def unsupported_encode_reason(
     """
     if num_centroids != NUM_CENTROIDS:
         return f"kernels take codebooks of {NUM_CENTROIDS} centroids, not {num_centroids}"
-    reason = unsupported_reason(device, dtype)
-    if reason is None and 2 * (NUM_CENTROIDS + 64) * subspace_dim > shared_bytes(device):
-        return f"a table of {NUM_CENTROIDS} centroids of {subspace_dim} channels does not fit in shared memory"
-    return reason
+    if subspace_dim > 256:
+        return f"the encode kernel takes subspaces of up to 256 channels, not {subspace_dim}"
+    return unsupported_reason(device, dtype)
 
 
 def unsupported_decode_reason(

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from . import gluon_reason, shared_bytes, unsupported_decode_reason
+from . import gluon_reason, unsupported_decode_reason
 from .key_scores import key_scores
 from .key_tables import KeyTables, prepare_keys
 from .merge import EXACT_BLOCK, PARTS_BLOCK, _combine_histograms, _exact_attention, _merge
@@ -20,9 +20,13 @@ __all__ = ["KeyTables", "decode_attention", "prepare_keys"]
 
 
 @cache
-def _num_sms(device: torch.device) -> int:
-    # The interpreter runs programs one by one; a few show that splits are merged.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _device_size(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        # The interpreter runs programs one by one; a few show that splits are merged.
+        return 4, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _as_words(codes: torch.Tensor) -> torch.Tensor:
@@ -104,11 +108,13 @@ def _decode_attention(
         "BE": EXACT_BLOCK,
     }
     with torch.cuda.device_of(query):
-        num_sms = _num_sms(query.device)
+        num_sms, shared_bytes = _device_size(query.device)
         gluon = num_tokens > 0 and gluon_reason(num_rows) is None
         if num_tokens:
             keys = KeyTables(tables, subspaces, frequencies, amplitudes, exponent, rotary_dim, paired)
-            scores = _key_scores(rows, _as_words(key_codes), num_tokens, keys, first_position, scaling, num_sms, gluon)
+            scores = _key_scores(
+                rows, _as_words(key_codes), num_tokens, keys, first_position, scaling, num_sms, shared_bytes, gluon
+            )
             value_centroids = value_centroids.contiguous()
             if value_codes.stride(-1) != 1:
                 value_codes = value_codes.contiguous()
@@ -171,15 +177,15 @@ def _key_scores(
     first_position: torch.Tensor,
     scaling: float,
     num_sms: int,
+    shared_bytes: int,
     gluon: bool,
 ) -> torch.Tensor:
     """Scores of the coded keys by the faster kernel that can take them."""
     if gluon:
         from .key_scores_shared import STAGE_BYTES, key_scores_shared, supports
 
-        room = shared_bytes(rows.device)
-        if supports(keys, rows.shape[2]) and room >= STAGE_BYTES:
-            return key_scores_shared(rows, words, num_tokens, keys, first_position, scaling, num_sms, room)
+        if supports(keys, rows.shape[2]) and shared_bytes >= STAGE_BYTES:
+            return key_scores_shared(rows, words, num_tokens, keys, first_position, scaling, num_sms, shared_bytes)
     return key_scores(rows, words, num_tokens, keys, first_position, scaling, num_sms)
 
 
@@ -206,6 +212,7 @@ def _count_values(
         scores, codes, num_tokens, starts, mask, softcap, head_dim, subspace_dim, num_queries, num_sms
     )
     num_streams = bins.shape[3]
+    rows = 1 << (num_rows - 1).bit_length()
     width = min(subspace_dim, head_dim)
     sums = torch.empty(batch, num_heads, 1, num_stages, num_rows, head_dim, dtype=torch.float32, device=codes.device)
     maxima = torch.empty(batch, num_heads, 1, num_rows, dtype=torch.float32, device=codes.device)
@@ -226,6 +233,8 @@ def _count_values(
         S=subspace_dim,
         WIDTH=width,
         BW=max(16, min(64, 1 << (width - 1).bit_length())),
+        NP=rows,
+        BC=32 // rows,
         num_warps=8,
     )
     return sums, maxima, weights

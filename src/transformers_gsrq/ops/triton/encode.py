@@ -6,29 +6,53 @@ import torch
 import triton
 import triton.language as tl
 
-from . import shared_bytes
-
+BLOCK_TOKENS = 128
 NUM_WARPS = 8
+NUM_STAGES = 1
+BLOCK_CENTROIDS = 64
+MAX_REGISTERS = 128
 
 
-def _tile(block_channels: int, num_centroids: int, shared_bytes: int) -> tuple[int, int]:
-    """Tokens of a program, and tables in shared memory at a time, that fit in it.
+@triton.jit
+def _pack(low, high):
+    # Two float32 tensors in one of words of two float16.
+    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+    return low | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
-    Two tables, the next one under way, are a few percent faster than one. Fewer tokens make room there, and in the
-    registers, where residuals of more than 128 channels need it.
-    """
-    table = 2 * num_centroids * block_channels
-    for tokens, tables in ((128, 2), (128, 1), (64, 1)) if block_channels <= 128 else ((64, 1),):
-        if tables * table + 2 * tokens * block_channels <= shared_bytes:
-            return tokens, tables
-    return 16, 1
+
+@triton.jit
+def _unpack(words):
+    low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _load_plain(
+    base, cos, sin, t, num_tokens, subspace, s, stride_head,
+    D: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    # Channels s of a subspace as they were before rotary embedding, [t, s] float32; zeros beyond the subspace.
+    channel = subspace * S + s
+    d = channel % D
+    here = (t[:, None] < num_tokens) & (s[None, :] < S)
+    place = base + (channel // D).to(tl.int64)[None, :] * stride_head
+    x = tl.load(place + d[None, :], mask=here, other=0.0).to(tl.float32)
+    if PAIRS > 0:
+        # The inverse of y1 = x1 c - x2 s, y2 = x2 c + x1 s, whatever factor was folded into c and s.
+        turns = here & (d[None, :] < 2 * PAIRS)
+        partner = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+        other = tl.load(place + partner[None, :], mask=turns, other=0.0).to(tl.float32)
+        c = tl.load(cos + (d % PAIRS)[None, :], mask=turns, other=1.0)
+        z = tl.load(sin + (d % PAIRS)[None, :], mask=turns, other=0.0)
+        x = (x * c + other * z * tl.where(d < PAIRS, 1.0, -1.0)[None, :]) / (c * c + z * z)
+    return x
 
 
 @triton.jit
 def _encode(
     states,  # [B, H, T, D]
     centroids,  # [M, R, K, S]
-    half_norms,  # float32 [M, R, K]
+    biases,  # float32 [M, R, K]: -|c|^2 / 2
     cos,  # float32 [B, T, PAIRS]
     sin,
     codes,  # uint8 [B, M, R, T]
@@ -47,45 +71,56 @@ def _encode(
     K: tl.constexpr,
     PAIRS: tl.constexpr,
     BS: tl.constexpr,
+    BK: tl.constexpr,
     BT: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     subspace = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    s = tl.arange(0, BS)
-    channel = subspace * S + s
-    d = channel % D
-    here = (t[:, None] < num_tokens) & (s[None, :] < S)
-    place = states + row * stride_batch + (channel // D).to(tl.int64)[None, :] * stride_head
-    place += t[:, None].to(tl.int64) * stride_token
-    x = tl.load(place + d[None, :], mask=here, other=0.0).to(tl.float32)
-    if PAIRS > 0:
-        # The inverse of y1 = x1 c - x2 s, y2 = x2 c + x1 s, whatever factor was folded into c and s.
-        turns = here & (d[None, :] < 2 * PAIRS)
-        partner = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
-        other = tl.load(place + partner[None, :], mask=turns, other=0.0).to(tl.float32)
-        angle = row * rotary_batch + t[:, None] * rotary_token + (d % PAIRS)[None, :]
-        c = tl.load(cos + angle, mask=turns, other=1.0)
-        sign = tl.where(d < PAIRS, 1.0, -1.0)
-        x = (x * c + other * (tl.load(sin + angle, mask=turns, other=0.0) * sign[None, :])) / (
-            c * c + tl.load(sin + angle, mask=turns, other=0.0) * tl.load(sin + angle, mask=turns, other=0.0)
-        )
-    k = tl.arange(0, K)
+    base = states + row * stride_batch + t[:, None].to(tl.int64) * stride_token
+    angle = row * rotary_batch + t[:, None] * rotary_token
+    s = tl.arange(0, BS // 2)
+    first_half = _load_plain(base, cos + angle, sin + angle, t, num_tokens, subspace, s, stride_head, D, S, PAIRS)
+    other_half = _load_plain(
+        base, cos + angle, sin + angle, t, num_tokens, subspace, s + BS // 2, stride_head, D, S, PAIRS
+    )
+    # The residual is kept in float16, one channel of each half a word: its rounding is 2^-11 of itself, and half the
+    # registers let two programs share an SM, one multiplying while the other compares.
+    words = _pack(first_half, other_half)
+    k = tl.arange(0, BK)
+    # Column 8i + 2j + e of a tile of scores lies in register (i, e) of thread j of four.
+    i = tl.arange(0, BK // 8)[None, :, None, None]
+    e = tl.arange(0, 2)[None, None, None, :]
     for stage in range(stages):
-        first = subspace * stages + stage
-        table = centroids + first.to(tl.int64) * (K * S)
-        part = tl.load(table + k[:, None] * S + s[None, :], mask=s[None, :] < S, other=0.0)
-        bias = tl.zeros([BT, K], tl.float32) - tl.load(half_norms + first * K + k)[None, :]
-        # argmin |x - c|^2 = argmax x.c - |c|^2 / 2 (paper, Alg. 1, step 2)
-        scores = tl.dot(x.to(centroids.dtype.element_ty), tl.trans(part), bias)
-        # The code takes the place of the last 8 of 23 mantissa bits, so that one maximum finds both; the operands of
-        # the products have 11 at most. Bits are inverted such that the lowest of equal positive scores wins.
-        packed = (scores.to(tl.int32, bitcast=True) & -256) | (255 - k)[None, :]
-        best = tl.max(packed.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
-        code = 255 - (best & 255)
+        place = subspace * stages + stage
+        table = centroids + place.to(tl.int64) * (K * S)
+        first_half, other_half = _unpack(words)
+        first_operand = first_half.to(centroids.dtype.element_ty)
+        other_operand = other_half.to(centroids.dtype.element_ty)
+        best = tl.full([BT, 4], float("-inf"), tl.float32)
+        for start in tl.static_range(0, K, BK):
+            tile = table + (start + k)[:, None] * S + s[None, :]
+            first_part = tl.load(tile, mask=s[None, :] < S, other=0.0)
+            other_part = tl.load(tile + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
+            bias = tl.load(biases + place * K + start + k)
+            # argmin |x - c|^2 = argmax x.c - |c|^2 / 2 (paper, Alg. 1, step 2)
+            scores = tl.dot(first_operand, tl.trans(first_part), tl.broadcast_to(bias[None, :], [BT, BK]))
+            scores = tl.dot(other_operand, tl.trans(other_part), scores)
+            # The code takes the place of the last 8 of 23 mantissa bits, so that one maximum finds both; the operands
+            # of the products have 10 at most. Bits are inverted: of equal positive scores the lowest code wins.
+            bits = scores.to(tl.int32, bitcast=True).reshape([BT, BK // 8, 4, 2])
+            packed = ((bits & -256) | (255 - start - 8 * i - e)).to(tl.float32, bitcast=True)
+            best = tl.maximum(best, tl.max(tl.max(packed, 3), 1))
+        bits = best.to(tl.int32, bitcast=True) - 2 * tl.arange(0, 4)[None, :]
+        bits = tl.max(bits.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
+        code = 255 - (bits & 255)
         tl.store(codes + row * codes_batch + subspace * codes_subspace + stage * codes_stage + t, code.to(tl.uint8),
                  mask=t < num_tokens)  # fmt: skip
-        x -= tl.load(table + code[:, None] * S + s[None, :], mask=s[None, :] < S, other=0.0).to(tl.float32)
+        chosen = table + code[:, None] * S + s[None, :]
+        first_half, other_half = _unpack(words)
+        first_half -= tl.load(chosen, mask=s[None, :] < S, other=0.0).to(tl.float32)
+        other_half -= tl.load(chosen + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0).to(tl.float32)
+        words = _pack(first_half, other_half)
 
 
 @torch.library.custom_op("transformers_gsrq::encode", mutates_args={"codes"})
@@ -103,7 +138,7 @@ def _encode_op(
     if states.stride(-1) != 1:
         states = states.contiguous()
     centroids = centroids.contiguous()
-    half_norms = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() / 2
+    biases = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() * -0.5
     pairs = 0
     if cos is not None:
         pairs = cos.shape[-1]
@@ -112,16 +147,14 @@ def _encode_op(
         sin = sin.to(torch.float32).expand(batch, -1, -1)
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:
             cos, sin = cos.contiguous(), sin.contiguous()
-    block_channels = max(16, 1 << (subspace_dim - 1).bit_length())
-    tokens, tables = _tile(block_channels, num_centroids, shared_bytes(states.device))
-    grid = (-(-num_tokens // tokens), num_subspaces, batch)
+    grid = (-(-num_tokens // BLOCK_TOKENS), num_subspaces, batch)
     with torch.cuda.device_of(states):
         _encode[grid](
             states,
             centroids,
-            half_norms,
-            half_norms if cos is None else cos,
-            half_norms if sin is None else sin,
+            biases,
+            biases if cos is None else cos,
+            biases if sin is None else sin,
             codes,
             num_tokens,
             num_stages,
@@ -132,10 +165,12 @@ def _encode_op(
             S=subspace_dim,
             K=num_centroids,
             PAIRS=pairs,
-            BS=block_channels,
-            BT=tokens,
+            BS=max(32, 1 << (subspace_dim - 1).bit_length()),
+            BK=BLOCK_CENTROIDS,
+            BT=BLOCK_TOKENS,
             num_warps=NUM_WARPS,
-            num_stages=tables,
+            num_stages=NUM_STAGES,
+            maxnreg=MAX_REGISTERS,
         )
 
 

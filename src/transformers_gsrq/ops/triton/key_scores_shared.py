@@ -70,6 +70,24 @@ def _unpack(word):
 
 
 @gluon.jit
+def _pack_pairs(x):
+    # [8, 32] float32 to [8, 16] words of two float16.
+    low, high = gl.split(x.reshape([8, 16, 2]))
+    return _pack(low, high)
+
+
+@gluon.jit
+def _load_words(codes, word, rest, stride_stage, num_words, GROUP: gl.constexpr, EVEN: gl.constexpr):
+    words = ()
+    for i in gl.static_range(GROUP):
+        valid = word < num_words
+        if not EVEN:
+            valid = valid & (word * 0 + i < rest)
+        words = words + (gl.load(codes + i * stride_stage + word, mask=valid, other=0),)
+    return words
+
+
+@gluon.jit
 def _round(x):
     return gl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1)
 
@@ -162,10 +180,10 @@ def _key_scores_shared(
     cos = gl.cos(angle)[None, :]
     sin = gl.sin(angle)[None, :]
     q_a, q_b = q_a * cos + q_b * sin, q_b * cos - q_a * sin
-    step_cos = gl.cos(frequency)[None, :]
-    step_sin = gl.sin(frequency)[None, :]
-    jump_cos = gl.cos(frequency * (4 * ROWS - 3))[None, :]
-    jump_sin = gl.sin(frequency * (4 * ROWS - 3))[None, :]
+    block_cos = gl.cos(frequency * (4 * ROWS))[None, :]
+    block_sin = gl.sin(frequency * (4 * ROWS))[None, :]
+    step_cos = _pack_pairs(gl.cos(frequency)[None, :] + q_a * 0.0)
+    step_sin = _pack_pairs(gl.sin(-frequency)[None, :] + q_a * 0.0)
 
     # Half a warp reads four rows at a time. Were they read in the same order, all would want the same banks; so row r
     # reads its words in the order c ^ (r % 4).
@@ -184,15 +202,18 @@ def _key_scores_shared(
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     o = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
     out = scores + ((row * H + head) * N + o[None, :]) * scores_stride
+    word = first * ROWS + r
+    next_words = _load_words(codes, word, stages - stage, stride_stage, num_words, GROUP, EVEN)
     gl.barrier()
     for block in range(first, last):
-        word = block * ROWS + r
-        packed = ()
-        for i in gl.static_range(GROUP):
-            valid = word < num_words
-            if not EVEN:
-                valid = valid & (word * 0 + i < stages - stage)
-            packed = packed + (gl.load(codes + i * stride_stage + word, mask=valid, other=0),)
+        # Codes are loaded one block ahead.
+        packed = next_words
+        word += ROWS
+        next_words = _load_words(codes, word, stages - stage, stride_stage, num_words, GROUP, EVEN)
+        # The query turns by a block in float32 and inside a block, three times by a token, in float16.
+        half_a = _pack_pairs(q_a)
+        half_b = _pack_pairs(q_b)
+        q_a, q_b = q_a * block_cos + q_b * block_sin, q_b * block_cos - q_a * block_sin
         for j in gl.static_range(4):
             for i in gl.static_range(GROUP):
                 code = (packed[i] >> (8 * j)) & 255
@@ -215,7 +236,9 @@ def _key_scores_shared(
             b0, b1 = _unpack(b)
             key = gl.join(gl.join(a0, a1), gl.join(b0, b1)).reshape([ROWS, 4, 4, 2, 2])
             key = key.permute([0, 2, 4, 1, 3]).reshape([ROWS, 64])
-            q = gl.join(q_a.to(gl.float16), q_b.to(gl.float16)).reshape([8, 4, 4, 2, 2])
+            qa0, qa1 = _unpack(half_a)
+            qb0, qb1 = _unpack(half_b)
+            q = gl.join(gl.join(qa0, qa1), gl.join(qb0, qb1)).reshape([8, 4, 4, 2, 2])
             q = q.permute([0, 2, 4, 1, 3]).reshape([8, 64]).permute([1, 0])
             s = mma_v2(
                 gl.convert_layout(key, KEY_OPERAND),
@@ -226,9 +249,8 @@ def _key_scores_shared(
             t = (block * ROWS + m) * 4 + j
             gl.atomic_add(out + t[:, None], fixed, mask=(t[:, None] < num_tokens) & (o[None, :] < N), sem="relaxed")
             if j < 3:
-                q_a, q_b = q_a * step_cos + q_b * step_sin, q_b * step_cos - q_a * step_sin
-            else:
-                q_a, q_b = q_a * jump_cos + q_b * jump_sin, q_b * jump_cos - q_a * jump_sin
+                # Back by an angle is forth by its negative.
+                half_a, half_b = _turn(half_a, half_b, step_cos, step_sin)
 
 
 def supports(keys: KeyTables, num_rows: int) -> bool:

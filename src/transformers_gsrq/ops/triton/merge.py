@@ -93,6 +93,7 @@ def _combine_histograms(
     key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_query,
     H: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
+    NP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     row_head = tl.program_id(0).to(tl.int64)
     stream = tl.program_id(1)
@@ -105,19 +106,26 @@ def _combine_histograms(
             H, N, Q, D, HAS_MASK, HAS_CAP, BN, BD, BE,
         )  # fmt: skip
     else:
-        n = tl.arange(0, BN)
+        n = tl.arange(0, NP)
         b = tl.arange(0, 256)
-        stats = chunk_maxima + row_head * num_chunks * N + n
-        top = tl.full([BN], float("-inf"), tl.float32)
-        for chunk in range(num_chunks):
-            top = tl.maximum(top, tl.load(stats + chunk * N, mask=n < N, other=float("-inf")))
+        c = tl.arange(0, BC)
+        stats = chunk_maxima + row_head * num_chunks * N
+        # All chunks at once where registers allow: every step of a loop would wait for memory again.
+        top = tl.full([NP], float("-inf"), tl.float32)
+        for first in range(0, num_chunks, BC):
+            here = (first + c[:, None] < num_chunks) & (n[None, :] < N)
+            tops = tl.load(stats + (first + c[:, None]) * N + n[None, :], mask=here, other=float("-inf"))
+            top = tl.maximum(top, tl.max(tops, 0))
         base = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.zeros([BN, 256], tl.float32)
-        place = bins + (row_head * num_chunks * num_streams + stream) * (N * 256) + n[:, None] * 256 + b[None, :]
-        for chunk in tl.range(num_chunks, loop_unroll_factor=4):
-            shrink = tl.exp2(tl.load(stats + chunk * N, mask=n < N, other=float("-inf")) - base) / steps
-            counts = tl.load(place + tl.cast(chunk, tl.int64) * num_streams * (N * 256), mask=n[:, None] < N, other=0)
-            total += counts.to(tl.uint32, bitcast=True).to(tl.float32) * shrink[:, None]
+        total = tl.zeros([NP, 256], tl.float32)
+        place = bins + (row_head * num_chunks * num_streams + stream) * (N * 256)
+        for first in range(0, num_chunks, BC):
+            here = (first + c[:, None] < num_chunks) & (n[None, :] < N)
+            tops = tl.load(stats + (first + c[:, None]) * N + n[None, :], mask=here, other=float("-inf"))
+            shrink = tl.exp2(tops - base[None, :]) / steps
+            chunk = (first + c).to(tl.int64)[:, None] * num_streams * (N * 256) + n[None, :] * 256
+            counts = tl.load(place + chunk[:, :, None] + b[None, None, :], mask=here[:, :, None], other=0)
+            total += tl.sum(counts.to(tl.uint32, bitcast=True).to(tl.float32) * shrink[:, :, None], 0)
         weight = tl.sum(total, 1)
         # Weights up to 2^14 in two numbers of the centroids' dtype, so that the product is as good as float32.
         unit = tl.where(weight > 0, weight / 16384.0, 1.0)
