@@ -81,13 +81,14 @@ def test_kernels_decode_like_torch(
     mask = torch.ones(2, 20 + sum(widths), dtype=torch.long)
     mask[1, :padding] = 0
     results = {}
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "triton", "auto"):
         cache = make_cache(model, codebooks, backend)
         results[backend] = decode(model, cache, mask, widths)
-        assert cache.backend == backend
+        assert cache.backend == ("triton" if backend == "auto" else backend)
     error = (results["torch"] - results["triton"]).norm() / results["torch"].norm()
     # Measured: 2e-4 to 8e-4 in float16, where one rounding is 5e-4.
     assert error < 5e-3
+    assert torch.equal(results["auto"], results["triton"])
 
 
 def test_kernels_are_not_blind(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
@@ -133,7 +134,7 @@ def test_triton_says_why_it_cannot_run(
         decode(eager, cache, mask, (1,))
     assert cache.backend == "torch"
     assert len(caplog.records) == 1
-    assert "backend='triton' was not asked for" in caplog.text
+    assert "Decoding in torch: the model's attention implementation is 'eager'" in caplog.text
 
 
 def test_an_unread_note_is_an_error(

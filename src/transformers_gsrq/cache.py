@@ -82,8 +82,8 @@ class GSRQCache(SteppedCache):
         beam_width: Partial sums kept when encoding; wider is slower and nearer, decoding does not change.
         quantize_prefill: Let prompt tokens attend to what the cache stores instead of exact states. For honest
             perplexities, usually with `residual_length=0, sink_length=0`.
-        backend: "torch" runs everywhere; "triton" encodes and decodes by kernels and raises where they cannot run;
-            "auto" is "torch" for now (docs/performance.md says what has been checked of the kernels).
+        backend: "auto" encodes and decodes by kernels where they can run and in torch where not; "triton" raises where
+            they cannot run; "torch" never uses them.
         max_length: Tokens that will be cached at most, if known: room for codes is then allocated once.
 
     Raises:
@@ -123,7 +123,7 @@ class GSRQCache(SteppedCache):
             layers[index] = GSRQLayer(codebooks, index, rotaries[index], self.table, self.options)
         super().__init__(layers=layers)
         attach(model)
-        if backend == "triton":
+        if backend != "torch":
             fused.route(model)
         self._restart_length = restart_length(model.config)
         self._undo: dict[int, dict[str, Any]] = {}

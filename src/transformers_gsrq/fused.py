@@ -69,6 +69,8 @@ def find_places(table: TokenTable, num_stored: int, sink_length: int, device: to
     found = _places.setdefault(table, {}).get(device)
     if found is not None and found.num_stored == num_stored and found.source is table.starts:
         return found
+    if table.starts is None:
+        raise RuntimeError("This cache holds codes but does not know where its rows begin; call cache.reset().")
     starts = table.starts.to(device)
     positions = torch.zeros(starts.numel(), 1, dtype=torch.int32, device=device)
     first_position, contiguous = starts * 0, True
@@ -119,8 +121,8 @@ def reason_against(layer: GSRQLayer, step: Step, states: torch.Tensor) -> str | 
         states: The new keys `[B, H, Q, D]`.
     """
     module, mask = step.module, step.attention_mask
-    if layer.options.backend != "triton":
-        return "backend='triton' was not asked for"
+    if layer.options.backend == "torch":
+        return "backend='torch' was asked for"
     reason = _kernel_reason(layer, states.shape[-2])
     if reason:
         return reason
@@ -133,7 +135,7 @@ def reason_against(layer: GSRQLayer, step: Step, states: torch.Tensor) -> str | 
         return "the model adds learned sinks to its attention weights"
     if torch.is_grad_enabled() and states.requires_grad:
         return "gradients are needed"
-    if module.training and getattr(module, "attention_dropout", 0.0):
+    if module.training and getattr(module, "attention_dropout", None):
         return "the model drops attention weights in training mode"
     places = find_places(layer.table, layer.num_stored, layer.options.sink_length, states.device)
     if layer.rotary is not None and not places.contiguous:

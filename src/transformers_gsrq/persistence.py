@@ -166,7 +166,8 @@ def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenTable, model:
                 layer.lazy_initialization(tensors["keys"], tensors["values"])
                 layer.keys, layer.values = tensors["keys"], tensors["values"]
                 layer.cumulative_length = described["cumulative_length"]
-        device = execution_device(modules[min(modules)])
+        # Where the table grows: the first compressed layer is the one that is told.
+        device = execution_device(modules[next(i for i, layer in enumerate(layers) if isinstance(layer, GSRQLayer))])
         names = set(reader.keys())
         positions, starts = (
             reader.get_tensor(f"table.{name}").to(device) if f"table.{name}" in names else None

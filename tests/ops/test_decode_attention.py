@@ -54,11 +54,11 @@ def poison() -> None:
         del blocks
 
 
-def check(case: Case) -> None:
+def check(case: Case, tolerance: float | None = None) -> None:
     inputs = case.build(DEVICE)
     poison()
     error = relative_error(run_triton(inputs), decode_attention_oracle(inputs))
-    assert error < tolerances.ATTENTION[str(case.dtype).removeprefix("torch.")]
+    assert error < (tolerance or tolerances.ATTENTION[str(case.dtype).removeprefix("torch.")])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -83,7 +83,7 @@ def test_portable_kernels_equal_the_oracle(name: str, monkeypatch: pytest.Monkey
     from transformers_gsrq.ops.triton import decode_attention
 
     monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
-    check(GPU_CASES[name])
+    check(GPU_CASES[name], tolerances.ATTENTION_PEAKED if name == "peaked" else None)
 
 
 @needs_gpu

@@ -41,7 +41,10 @@ logger = logging.getLogger(__name__)
 # Predictions compared at once: float32 logits of this many tokens fit beside a model.
 KL_TOKENS = 512
 WARM_UP_SHARE = 0.05
-# Factor on the learning rate whenever held-out divergence rose.
+# Held-out divergence this many times its least means that the learning rate is too high; less is noise, which the end
+# of the schedule averages out.
+RISE = 1.1
+# Factor on the learning rate then.
 SLOWDOWN = 0.3
 
 
@@ -55,7 +58,7 @@ class FinetuneOptions:
     learning_rate: float = 3e-3
     recall_share: float = 0.25
     evaluate_every: int = 25
-    patience: int = 3
+    patience: int = 5
     beam_width: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -96,7 +99,7 @@ def finetune(
         progress: Show a progress bar.
         **options: Fields of `FinetuneOptions`: `steps` (200), `window_length` (2048), `batch_size` (1),
             `learning_rate` (3e-3, relative to the spread of a stage), `recall_share` (0.25, windows that
-            demand exact recall), `evaluate_every` (25) and `patience` (3) of early stopping on held-out windows,
+            demand exact recall), `evaluate_every` (25) and `patience` (5) of early stopping on held-out windows,
             `beam_width` (1), `gradient_checkpointing` (False, less memory for a third more time), `seed` (0).
 
     Returns:
@@ -292,9 +295,10 @@ class _Trainer:
         point = {"step": float(self.step), "kl": self._held_out(self.data.held_out)}
         if self.data.guard:
             point["guard_kl"] = self._held_out(self.data.guard)
-        if not self.course or point["kl"] < min(old["kl"] for old in self.course):
+        least = min((old["kl"] for old in self.course), default=math.inf)
+        if point["kl"] < least:
             self.best = self._snapshot()
-        else:
+        elif not point["kl"] < RISE * least:
             self._step_back()
         self.course.append({**point, "slowdown": self.slowdown})
         self.seconds += time.perf_counter() - self.began

@@ -69,6 +69,22 @@ def _decode_attention(
 ) -> torch.Tensor:
     batch, num_query_heads, num_queries, head_dim = query.shape
     num_heads, num_exact = exact_keys.shape[1:3]
+    reason = unsupported_decode_reason(
+        query.device,
+        query.dtype,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        key_subspace_dim=num_heads * head_dim // key_codes.shape[1],
+        value_subspace_dim=value_centroids.shape[-1],
+        rotary_dim=rotary_dim,
+        num_queries=num_queries,
+    )
+    if reason:
+        raise ValueError(f"decode_attention cannot run: {reason}.")
+    parts = (key_codes, value_codes, tables, value_centroids, exact_keys, exact_values)
+    for part in (*parts, starts, sink_counts, first_position):
+        if part.device != query.device:
+            raise ValueError(f"All tensors must be on {query.device}, the query's device; one is on {part.device}.")
     num_rows = num_query_heads // num_heads * num_queries
     num_tokens = key_codes.shape[-1]
     rows = query.contiguous().view(batch, num_heads, num_rows, head_dim)
@@ -295,23 +311,6 @@ def decode_attention(
     Raises:
         ValueError: if the kernels cannot run on this input, with the reason.
     """
-    num_heads = exact_keys.shape[1]
-    reason = unsupported_decode_reason(
-        query.device,
-        query.dtype,
-        num_heads=num_heads,
-        head_dim=query.shape[-1],
-        key_subspace_dim=num_heads * query.shape[-1] // key_codes.shape[1],
-        value_subspace_dim=value_centroids.shape[-1],
-        rotary_dim=keys.rotary_dim,
-        num_queries=query.shape[2],
-    )
-    if reason:
-        raise ValueError(f"decode_attention cannot run: {reason}.")
-    tensors = (key_codes, value_codes, keys.tables, value_centroids, exact_keys, exact_values)
-    for part in (*tensors, starts, sink_counts, first_position):
-        if part.device != query.device:
-            raise ValueError(f"All tensors must be on {query.device}, the query's device; one is on {part.device}.")
     # The operator is for torch.compile; going through it in eager mode costs some 50 microseconds a call.
     run = _decode_attention_op if torch.compiler.is_compiling() else _decode_attention
     return run(

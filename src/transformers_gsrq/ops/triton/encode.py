@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 
 BLOCK_TOKENS = 128
 NUM_WARPS = 8
-NUM_STAGES = 1
 BLOCK_CENTROIDS = 64
+# Tiles of centroids on their way at a time.
+PIPELINE = 2
 MAX_REGISTERS = 128
 
 
@@ -49,6 +51,19 @@ def _load_plain(
 
 
 @triton.jit
+def _load_head(base, cos, sin, t, num_tokens, head, s, stride_head, HALF: tl.constexpr):
+    # The same where a subspace is a head that rotates as a whole: its halves are each other's partners.
+    here = (t[:, None] < num_tokens) & (s[None, :] < HALF)
+    place = base + head.to(tl.int64) * stride_head + s[None, :]
+    x = tl.load(place, mask=here, other=0.0).to(tl.float32)
+    y = tl.load(place + HALF, mask=here, other=0.0).to(tl.float32)
+    c = tl.load(cos + s[None, :], mask=here, other=1.0)
+    z = tl.load(sin + s[None, :], mask=here, other=0.0)
+    shrink = 1.0 / (c * c + z * z)
+    return (x * c + y * z) * shrink, (y * c - x * z) * shrink
+
+
+@triton.jit
 def _encode(
     states,  # [B, H, T, D]
     centroids,  # [M, R, K, S]
@@ -73,6 +88,7 @@ def _encode(
     BS: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    PIPE: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     subspace = tl.program_id(1)
@@ -80,10 +96,13 @@ def _encode(
     base = states + row * stride_batch + t[:, None].to(tl.int64) * stride_token
     angle = row * rotary_batch + t[:, None] * rotary_token
     s = tl.arange(0, BS // 2)
-    first_half = _load_plain(base, cos + angle, sin + angle, t, num_tokens, subspace, s, stride_head, D, S, PAIRS)
-    other_half = _load_plain(
-        base, cos + angle, sin + angle, t, num_tokens, subspace, s + BS // 2, stride_head, D, S, PAIRS
-    )
+    cos += angle
+    sin += angle
+    if S == D and 2 * PAIRS == D and BS == D:
+        first_half, other_half = _load_head(base, cos, sin, t, num_tokens, subspace, s, stride_head, PAIRS)
+    else:
+        first_half = _load_plain(base, cos, sin, t, num_tokens, subspace, s, stride_head, D, S, PAIRS)
+        other_half = _load_plain(base, cos, sin, t, num_tokens, subspace, s + BS // 2, stride_head, D, S, PAIRS)
     # The residual is kept in float16, one channel of each half a word: its rounding is 2^-11 of itself, and half the
     # registers let two programs share an SM, one multiplying while the other compares.
     words = _pack(first_half, other_half)
@@ -98,7 +117,7 @@ def _encode(
         first_operand = first_half.to(centroids.dtype.element_ty)
         other_operand = other_half.to(centroids.dtype.element_ty)
         best = tl.full([BT, 4], float("-inf"), tl.float32)
-        for start in tl.static_range(0, K, BK):
+        for start in tl.range(0, K, BK, num_stages=PIPE):
             tile = table + (start + k)[:, None] * S + s[None, :]
             first_part = tl.load(tile, mask=s[None, :] < S, other=0.0)
             other_part = tl.load(tile + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
@@ -127,6 +146,7 @@ def _encode(
 def _encode_op(
     states: torch.Tensor,
     centroids: torch.Tensor,
+    biases: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     codes: torch.Tensor,
@@ -138,7 +158,6 @@ def _encode_op(
     if states.stride(-1) != 1:
         states = states.contiguous()
     centroids = centroids.contiguous()
-    biases = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() * -0.5
     pairs = 0
     if cos is not None:
         pairs = cos.shape[-1]
@@ -168,15 +187,26 @@ def _encode_op(
             BS=max(32, 1 << (subspace_dim - 1).bit_length()),
             BK=BLOCK_CENTROIDS,
             BT=BLOCK_TOKENS,
+            PIPE=PIPELINE,
             num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
             maxnreg=MAX_REGISTERS,
         )
 
 
 @_encode_op.register_fake
-def _(states, centroids, cos, sin, codes):
+def _(states, centroids, biases, cos, sin, codes):
     return None
+
+
+_biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _find_biases(centroids: torch.Tensor) -> torch.Tensor:
+    """-|c|^2 / 2, float32 `[M, R, K]`; worked out once for a codebook, however many caches use it."""
+    found = _biases.get(centroids)
+    if found is None:
+        found = _biases[centroids] = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() * -0.5
+    return found
 
 
 def encode(
@@ -187,15 +217,15 @@ def encode(
 ) -> None:
     """Greedy residual codes of key or value states; the same as `reference.encode` but for products in half precision.
 
-    Residuals are kept in float32; the products that choose a code take them rounded to the dtype of `centroids`, so
-    that of two centroids almost equally near the farther may be chosen.
+    Residuals are kept in float16, and the products that choose a code take them rounded to the dtype of `centroids`:
+    of two centroids almost equally near the farther may be chosen.
 
     Args:
         states: `[B, H, T, D]`, float16 or bfloat16, any strides.
-        centroids: `[M, R, K, S]` of the same dtype.
+        centroids: `[M, R, K, S]` of the same dtype, never changed in place.
         cos_sin: Rotation to undo first: cosine and sine, each `[B or 1, T, P]` for P half-split channel pairs; None
             for states to be taken as they are.
         out: uint8 `[B, M, R, T]`, tokens contiguous, other strides arbitrary; written.
     """
     cos, sin = (None, None) if cos_sin is None else cos_sin
-    _encode_op(states, centroids, cos, sin, out)
+    _encode_op(states, centroids, _find_biases(centroids), cos, sin, out)
