@@ -188,7 +188,8 @@ def test_peak_memory_of_each_operation() -> None:
         assert measure("prefetch one layer", layer.prefetch) <= 1.1 * one_layer
     fresh = GSRQCache(codebooks, model)
     cache, other = fresh, None
-    measure("prefill 8192 tokens", lambda: model(tokens, past_key_values=fresh, logits_to_keep=1) and None)
+    with torch.no_grad():
+        measure("prefill 8192 tokens", lambda: model(tokens, past_key_values=fresh, logits_to_keep=1) and None)
     print(json.dumps({name: round(value, 2) for name, value in report.items()}, indent=1))
     if os.environ.get("OUT"):
         (Path(os.environ["OUT"]) / "cache_memory.json").write_text(json.dumps(report, indent=1))

@@ -386,7 +386,7 @@ class GSRQCache(SteppedCache):
             element = compressed[0].keys.element_size()
             plain += compressed[0].keys.shape[0] * self.get_seq_length() * config.dense_bytes_per_token(element)
             codebooks = codebooks // 2 * element
-            codebooks += sum(fused.key_table_bytes(layer.quantizers["key"].centroids) for layer in compressed)
+            codebooks += sum(map(fused.table_bytes, compressed))
         return MemoryReport(
             tokens=self.get_seq_length(),
             codes=sum(used for used, _ in codes),

@@ -20,7 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .config import KINDS
 from .ops import triton as kernels
+from .ops.triton.encode_biases import bias_bytes
 from .rope import Rotary
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ ROUTED = ("sdpa",)
 _expected: WeakKeyDictionary[nn.Module, GSRQLayer] = WeakKeyDictionary()
 _places: WeakKeyDictionary[TokenTable, dict[torch.device, Places]] = WeakKeyDictionary()
 _key_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_turned: WeakKeyDictionary[Rotary, WeakIdKeyDictionary] = WeakKeyDictionary()
 
 
 @dataclass
@@ -182,19 +185,26 @@ def key_tables(centroids: torch.Tensor, num_heads: int, head_dim: int, rotary: R
     """The key codebook as the kernels take it; made once and shared by every cache that uses these centroids."""
     from .ops.triton.key_tables import prepare_keys
 
-    made = _key_tables.setdefault(centroids, [])
-    for known, tables in made:
-        if known is rotary:
-            return tables
-    inv_freq, scaling = (None, 1.0) if rotary is None else (rotary.inv_freq, rotary.scaling)
-    tables = prepare_keys(centroids, num_heads, head_dim, inv_freq, scaling)
-    made.append((rotary, tables))
-    return tables
+    turned = None if rotary is None else _turned.setdefault(rotary, WeakIdKeyDictionary())
+    found = None if turned is None else turned.get(centroids)
+    if found is None:
+        # Caches read the model's rotary embedding each for itself, so the same frequencies come again and again.
+        inv_freq, scaling = (None, 1.0) if rotary is None else (rotary.inv_freq, rotary.scaling)
+        found = _key_tables.get(centroids)
+        if found is None or found.rotary_dim != (0 if inv_freq is None else 2 * inv_freq.numel()):
+            found = _key_tables[centroids] = prepare_keys(centroids, num_heads, head_dim, inv_freq, scaling)
+        else:
+            found = found.turning(inv_freq, scaling)
+        if turned is not None:
+            turned[centroids] = found
+    return found
 
 
-def key_table_bytes(centroids: torch.Tensor) -> int:
-    """Bytes that `key_tables` holds for these centroids."""
-    return sum(tables.nbytes for _, tables in _key_tables.get(centroids, []))
+def table_bytes(layer: GSRQLayer) -> int:
+    """Bytes that kernels hold beside the centroids of a layer."""
+    key, value = (layer.quantizers[kind].centroids for kind in KINDS)
+    tables = _key_tables.get(key)
+    return bias_bytes(key) + bias_bytes(value) + (0 if tables is None else tables.nbytes)
 
 
 def expect(module: nn.Module, layer: GSRQLayer) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakIdKeyDictionary
+
+from .encode_biases import find_biases
 
 BLOCK_TOKENS = 128
 NUM_WARPS = 8
 BLOCK_CENTROIDS = 64
-# Tiles of centroids on their way at a time.
-PIPELINE = 2
 MAX_REGISTERS = 128
 
 
@@ -88,7 +87,6 @@ def _encode(
     BS: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
-    PIPE: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     subspace = tl.program_id(1)
@@ -117,7 +115,8 @@ def _encode(
         first_operand = first_half.to(centroids.dtype.element_ty)
         other_operand = other_half.to(centroids.dtype.element_ty)
         best = tl.full([BT, 4], float("-inf"), tl.float32)
-        for start in tl.range(0, K, BK, num_stages=PIPE):
+        # Tiles in flight (num_stages=2 or 3) were no faster: two programs share an SM and hide each other's loads.
+        for start in tl.range(0, K, BK, num_stages=1):
             tile = table + (start + k)[:, None] * S + s[None, :]
             first_part = tl.load(tile, mask=s[None, :] < S, other=0.0)
             other_part = tl.load(tile + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
@@ -187,7 +186,6 @@ def _encode_op(
             BS=max(32, 1 << (subspace_dim - 1).bit_length()),
             BK=BLOCK_CENTROIDS,
             BT=BLOCK_TOKENS,
-            PIPE=PIPELINE,
             num_warps=NUM_WARPS,
             maxnreg=MAX_REGISTERS,
         )
@@ -196,17 +194,6 @@ def _encode_op(
 @_encode_op.register_fake
 def _(states, centroids, biases, cos, sin, codes):
     return None
-
-
-_biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _find_biases(centroids: torch.Tensor) -> torch.Tensor:
-    """-|c|^2 / 2, float32 `[M, R, K]`; worked out once for a codebook, however many caches use it."""
-    found = _biases.get(centroids)
-    if found is None:
-        found = _biases[centroids] = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() * -0.5
-    return found
 
 
 def encode(
@@ -228,4 +215,4 @@ def encode(
         out: uint8 `[B, M, R, T]`, tokens contiguous, other strides arbitrary; written.
     """
     cos, sin = (None, None) if cos_sin is None else cos_sin
-    _encode_op(states, centroids, _find_biases(centroids), cos, sin, out)
+    _encode_op(states, centroids, find_biases(centroids), cos, sin, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -57,6 +57,20 @@ class KeyTables:
     exponent: int
     rotary_dim: int
     paired: bool
+
+    def turning(self, inv_freq: torch.Tensor | None, rope_scaling: float) -> KeyTables:
+        """The same codebook, shared, for another rotary embedding of as many channels.
+
+        Args:
+            inv_freq: float32 `[rotary_dim / 2]`; None if keys do not rotate.
+            rope_scaling: Factor of cosine and sine.
+        """
+        if inv_freq is None:
+            return self
+        frequencies, amplitudes = torch.zeros_like(self.frequencies), torch.ones_like(self.amplitudes)
+        frequencies[: inv_freq.numel()] = inv_freq
+        amplitudes[: inv_freq.numel()] = rope_scaling
+        return replace(self, frequencies=frequencies, amplitudes=amplitudes)
 
     @property
     def nbytes(self) -> int:
@@ -147,14 +161,13 @@ def prepare_keys(
         tables = torch.stack(halves, -2).flatten(-3)
     else:
         tables = torch.cat(halves, -1)
-    pad = torch.zeros(head_dim // 2 - rotary_dim // 2, device=device)
-    rotating = torch.zeros(0, device=device) if inv_freq is None else inv_freq.to(device, torch.float32)
+    no_turn = torch.zeros(head_dim // 2, device=device)
     return KeyTables(
         tables=tables.contiguous(),
         subspaces=torch.tensor(layout.subspaces, dtype=torch.int32, device=device),
-        frequencies=torch.cat([rotating, pad]),
-        amplitudes=torch.cat([torch.full_like(rotating, rope_scaling), torch.ones_like(pad)]),
+        frequencies=no_turn,
+        amplitudes=no_turn + 1,
         exponent=exponent,
         rotary_dim=rotary_dim,
         paired=layout.paired,
-    )
+    ).turning(inv_freq, rope_scaling)
