@@ -135,8 +135,7 @@ class Study:
         found = measure_retrieval(self.model, self.prompts[:prompts], named)
         for name, scores in found.items():
             row = self.results["rows"].setdefault(name, {"rate": 16, "bits": 16, "agreement": {}, "retrieval": {}})
-            for score in scores:
-                row["retrieval"][score.task] = {**asdict(score), "prompts": len(score.hits)}
+            add_scores(row, {score.task: {**asdict(score), "prompts": len(score.hits)} for score in scores})
 
     # Stages of the study
 
@@ -321,12 +320,22 @@ def join(paths: Iterable[str]) -> dict[str, Any]:
         if joined.setdefault("data", part["data"]) != part["data"]:
             raise SystemExit(f"{path} measured other texts than the parts before it.")
         joined["parts"].append({key: part.pop(key) for key in ("settings", "seconds", "total_seconds") if key in part})
+        rows = joined.setdefault("rows", {})
+        for name, row in part.pop("rows").items():
+            add_scores(rows.setdefault(name, row), row["retrieval"])
         for key, value in part.items():
-            if key in ("rows", "splits", "distillation"):
+            if key in ("splits", "distillation"):
                 joined[key] = {**value, **joined.get(key, {})}
             else:
                 joined.setdefault(key, value)
     return joined
+
+
+def add_scores(row: dict[str, Any], scores: dict[str, Any]) -> None:
+    """Give a row retrieval scores by task, unless it has some of more prompts."""
+    for task, score in scores.items():
+        if score["prompts"] >= row["retrieval"].get(task, {"prompts": 0})["prompts"]:
+            row["retrieval"][task] = score
 
 
 def parse() -> argparse.Namespace:
