@@ -88,12 +88,14 @@ def detach(model: PreTrainedModel) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+@torch.compiler.disable
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, SteppedCache):
         cache.settle()
 
 
+@torch.compiler.disable
 def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # A forward pass that was interrupted may have left a note for this module, which may now run with another cache.
     fused.forget(module)
@@ -105,6 +107,7 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         cache.receive(module, step)
 
 
+@torch.compiler.disable
 def _clean_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, SteppedCache):

@@ -137,6 +137,8 @@ class GSRQCache(SteppedCache):
         """The layers that store codes."""
         return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
 
+    # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
+    @torch.compiler.disable
     def receive(self, module: nn.Module, step: Step) -> None:
         """Hand a step to its layer (called by the hooks of `attach`).
 
@@ -155,6 +157,7 @@ class GSRQCache(SteppedCache):
         if isinstance(layer, GSRQLayer):
             layer.receive(step)
 
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +189,7 @@ class GSRQCache(SteppedCache):
                 f"that, or start with a prompt of more than {limit} tokens."
             )
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached by complete forward passes, padding included; a later layer's own count if it is asked for."""
         if self._undo and layer_idx == 0:

@@ -230,6 +230,7 @@ def check_read(decoder: nn.Module) -> None:
         )
 
 
+@torch.compiler.disable
 def attend(
     layer: GSRQLayer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, softcap: float | None
 ) -> torch.Tensor:
@@ -268,6 +269,11 @@ def attend(
     )
 
 
+@torch.compiler.disable
+def _find_expected(module: nn.Module) -> GSRQLayer | None:
+    return _expected.pop(module, None)
+
+
 def _sdpa(
     module: nn.Module,
     query: torch.Tensor,
@@ -279,7 +285,7 @@ def _sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a routed model calls instead of its original attention."""
-    layer = _expected.pop(module, None)
+    layer = _find_expected(module)
     if layer is None:
         if softcap is not None:
             kwargs["softcap"] = softcap
