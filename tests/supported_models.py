@@ -64,6 +64,21 @@ prompts of {prompt_tokens} tokens and {new_tokens} new ones (`python benchmarks/
 | window (`residual_length`) | assisted | prompt lookup |
 |---|---|---|
 """
+DEVICES = """
+*Several devices.* Llama, Gemma 3 and StableLM on a GPU give what they give on a CPU, operation by operation; layers \
+spread over two GPUs, or over two GPUs and weights offloaded to the CPU, generate, search with beams, calibrate, save \
+and load as on one (`python -m pytest tests/test_devices.py`, {device}, commit `{commit}`, transformers \
+{transformers}, torch {torch}: {passed} tests passed). With Gemma 3 a loaded cache differed from the saved one in the \
+device of one table; that was repaired afterwards, and not run on two GPUs again. Weights offloaded by accelerate are \
+part of every test run.
+
+*Memory of each operation* on a GPU, beside a cache of {cache:.1f} MiB (a plain one: {plain:,.0f} MiB) for {rows} rows \
+of {tokens:,} tokens in {layers} layers ([record](records/devices-h200.json)). The decoded token is that of the path \
+in torch, which decodes the states of one layer at a time; kernels decode none.
+
+| operation | MiB at its peak |
+|---|---|
+"""
 
 
 def support_line(architecture: Architecture) -> str:
@@ -116,7 +131,12 @@ def checked() -> str:
         f"| {window} | " + " | ".join(f"{sum(counts) / total:.0%}" for counts in ways.values()) + " |\n"
         for window, ways in drafts["equal_tokens"].items()
     ]
-    return CHECKED.format(**states, **states["versions"], **settings) + "".join(rows)
+    seen = CHECKED.format(**states, **states["versions"], **settings) + "".join(rows)
+    devices = json.loads((RECORDS / "devices-h200.json").read_text(encoding="utf-8"))
+    memory = devices.pop("mebibytes")
+    totals = {name: memory.pop(name) for name in ("cache", "plain")}
+    rows = [f"| {name} | {mebibytes:.1f} |\n" for name, mebibytes in memory.items()]
+    return seen + DEVICES.format(**devices, **devices["versions"], **devices["settings"], **totals) + "".join(rows)
 
 
 if __name__ == "__main__":
