@@ -72,9 +72,10 @@ and load as on one (`python -m pytest tests/test_devices.py`, {device}, commit `
 device of one table; that was repaired afterwards, and not run on two GPUs again. Weights offloaded by accelerate are \
 part of every test run.
 
-*Memory of each operation* on a GPU, beside a cache of {cache:.1f} MiB (a plain one: {plain:,.0f} MiB) for {rows} rows \
-of {tokens:,} tokens in {layers} layers ([record](records/devices-h200.json)). The decoded token is that of the path \
-in torch, which decodes the states of one layer at a time; kernels decode none.
+*Memory of each operation* on a GPU, beside a cache of {cache:.1f} MiB (a plain one: {plain:,.0f} MiB) for {rows} \
+rows of {tokens:,} tokens in {layers} layers ([record](records/devices-h200.json)). The decoded token is that of the \
+path in torch, which decoded the states of one layer at once (since then it takes blocks of tokens); kernels decode \
+none.
 
 | operation | MiB at its peak |
 |---|---|

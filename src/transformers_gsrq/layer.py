@@ -301,7 +301,7 @@ class GSRQLayer(CacheLayerMixin):
         if self.num_stored > skip:
             # Unrounded tables: the decoded key is an approximation that owes nothing to the model's rounding.
             cos_sin = self._rotation(skip, self.num_stored, torch.float32) if kind == "key" else None
-            out[:, :, skip : self.num_stored] = self.quantizers[kind].decode(self.buffers[kind].codes, cos_sin)
+            self.quantizers[kind].decode(self.buffers[kind].codes, cos_sin, out=out[:, :, skip : self.num_stored])
         if skip:
             out[:, :, :skip] = 0
             sinks = self.sinks[kind][:, :, :skip]

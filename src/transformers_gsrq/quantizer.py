@@ -80,14 +80,20 @@ class ResidualQuantizer:
         ops.encode(states, self.centroids, cos_sin, out, beam_width, self.backend)
         return out
 
-    def decode(self, codes: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def decode(
+        self,
+        codes: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """States that codes stand for.
 
         Args:
             codes: uint8 `[B, M, R', T]`; fewer stages than R decode to the coarser approximation they are.
             cos_sin: Rotation to apply, each `[B or 1, T, P]`.
+            out: `[B, H, T, D]` to write to; a new tensor by default.
 
         Returns:
             `[B, H, T, D]` in the dtype of the centroids.
         """
-        return ops.decode(codes, self.centroids, self.num_heads, cos_sin)
+        return ops.decode(codes, self.centroids, self.num_heads, cos_sin, out)

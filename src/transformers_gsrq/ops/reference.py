@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 # Scores of one block of tokens against all centroids stay below this many float32 numbers (64 MiB).
 MAX_SCORES = 1 << 24
+# States of one block of tokens stay below this many numbers while they are decoded (8 MiB in float32).
+MAX_DECODED = 1 << 21
 
 
 def encode_vectors(vectors: torch.Tensor, centroids: torch.Tensor, beam_width: int = 1) -> torch.Tensor:
@@ -170,8 +172,22 @@ def decode(
     centroids: torch.Tensor,
     num_heads: int,
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """States `[B, H, T, D]` that codes `[B, M, R', T]` stand for, rotated if `cos_sin` is given."""
-    flat = decode_vectors(codes, centroids)
-    states = flat.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return states if cos_sin is None else rotate(states, cos_sin).to(centroids.dtype)
+    """States `[B, H, T, D]` that codes `[B, M, R', T]` stand for, rotated if `cos_sin` is given.
+
+    Tokens are decoded in blocks, so that little but the result is held. It is written to `out` if given.
+    """
+    batch, num_tokens = codes.shape[0], codes.shape[-1]
+    width = centroids.shape[0] * centroids.shape[-1]
+    if out is None:
+        out = centroids.new_empty(batch, num_heads, num_tokens, width // num_heads)
+    block = max(1, MAX_DECODED // max(1, batch * width))
+    for start in range(0, num_tokens, block):
+        tokens = slice(start, start + block)
+        flat = decode_vectors(codes[..., tokens], centroids)
+        states = flat.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        if cos_sin is not None:
+            states = rotate(states, (cos_sin[0][:, tokens], cos_sin[1][:, tokens]))
+        out[:, :, tokens] = states
+    return out
