@@ -2,7 +2,7 @@
 
     python benchmarks/models.py                       # a line of JSON for each cache and context
     python benchmarks/models.py --backend triton --contexts 1024 32768
-    python benchmarks/models.py --largest             # grows each cache until the GPU is full
+    python benchmarks/models.py --largest             # fills each cache until the GPU is full
 
 The model has the shape of Qwen2.5-1.5B with random weights, and random codebooks: neither speed nor memory depends on
 them. Transformers' quantized caches are measured where optimum-quanto or hqq is installed.
@@ -21,15 +21,14 @@ from lines import add_arguments, write
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
-from transformers_gsrq.attention import Step
 from transformers_gsrq.config import KINDS, head_geometry
 from transformers_gsrq.evaluation.speed import measure_speed
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 # Key and value bits: 1 bit on average, divided as perplexity and retrieval together ask for.
 KEY_BITS, VALUE_BITS = 0.75, 1.25
-# Tokens of a prompt are read this many at a time when the largest context is looked for, then ever more.
-FIRST_CHUNK, GROWTH = 65536, 1.1
+# The largest context is looked for from this many tokens on, and found to this share of itself.
+FIRST, PRECISION = 65536, 0.02
 
 
 def make_model(tiny: bool) -> PreTrainedModel:
@@ -63,51 +62,83 @@ def time_contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for speed in measure_speed(
         model, make_codebooks(model), tokens, arguments.contexts, new_tokens=32, backend=arguments.backend
     ):
-        yield {"what": "model", **vars(speed), "backend": arguments.backend}
+        yield {"what": "model", **vars(speed), "backend": arguments.backend, "cudnn_sdpa": not arguments.no_cudnn}
 
 
 def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """How many tokens a cache holds beside the model before the GPU is full, read in chunks as `generate` would.
+    """How many tokens a cache holds beside the model and still decodes one more before the GPU is full.
 
-    Keys and values are random, so that no time goes into attention; the memory is that of a prompt read in chunks, up
-    to the activations of a chunk. The last length at which a token could be decoded counts.
+    The caches are filled with random states and codes, as if they had been loaded: no time goes into a prompt, and
+    what reading one would take besides is not counted.
     """
     model = make_model(arguments.tiny)
     codebooks = make_codebooks(model)
-    makers: dict[str, Callable[[], Cache]] = {
-        "plain": lambda: DynamicCache(config=model.config),
-        f"gsrq {codebooks.config.bits():g} bits": lambda: GSRQCache(codebooks, model, backend=arguments.backend),
+    makers: dict[str, Callable[[int], Cache]] = {
+        "plain": lambda count: fill_plain(model, count),
+        f"gsrq {codebooks.config.bits():g} bits": lambda count: fill_compressed(
+            model, GSRQCache(codebooks, model, backend=arguments.backend), count
+        ),
     }
     for name, make in makers.items():
-        yield {"what": "largest context", "cache": name, "tokens": _grow(model, make(), arguments.limit)}
-        torch.cuda.empty_cache()
+        yield {"what": "largest context", "cache": name, "tokens": _largest(model, make, arguments.limit)}
 
 
-@torch.no_grad()
-def _grow(model: PreTrainedModel, cache: Cache, limit: int) -> int:
-    fits = 0
-    while fits < limit:
-        chunk = min(max(FIRST_CHUNK, int(fits * (GROWTH - 1))), limit - fits)
-        try:
-            _append(model, cache, fits, chunk)
-            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, logits_to_keep=1)
-        except torch.OutOfMemoryError:
-            return fits
-        fits = cache.get_seq_length()
+def _largest(model: PreTrainedModel, make: Callable[[int], Cache], limit: int) -> int:
+    """Double until it does not fit, then halve the interval until it is within `PRECISION`."""
+    fits, fails = 0, limit + 1
+    count = min(FIRST, limit)
+    while count > fits:
+        if _decodes(model, make, count):
+            fits = count
+        else:
+            fails = count
+        count = min(2 * fits, limit) if fails > limit else (fits + fails) // 2
+        if fails - fits < PRECISION * fits:
+            break
     return fits
 
 
-def _append(model: PreTrainedModel, cache: Cache, first: int, count: int) -> None:
-    """Give every layer of a cache random states of `count` more tokens."""
+@torch.no_grad()
+def _decodes(model: PreTrainedModel, make: Callable[[int], Cache], count: int) -> bool:
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(token, past_key_values=make(count), logits_to_keep=1)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def random_states(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """States `[1, H, count, D]`."""
     heads, dim = head_geometry(model.config)
-    positions = torch.arange(first, first + count, device=model.device)[None]
-    for index, module in enumerate(model.model.layers):
-        states = torch.randn(1, heads, count, dim, device=model.device, dtype=model.dtype)
-        if isinstance(cache, GSRQCache):
-            cache.receive(module.self_attn, Step(positions, None, None))
-        cache.update(states, states, index)
-    if isinstance(cache, GSRQCache):
-        cache.commit()
+    return torch.randn(1, heads, count, dim, device=model.device, dtype=model.dtype)
+
+
+def fill_plain(model: PreTrainedModel, count: int) -> Cache:
+    """A plain cache of `count` random tokens."""
+    cache = DynamicCache(config=model.config)
+    for index in range(model.config.num_hidden_layers):
+        cache.update(random_states(model, count), random_states(model, count), index)
+    return cache
+
+
+def fill_compressed(model: PreTrainedModel, cache: GSRQCache, count: int) -> GSRQCache:
+    """A compressed cache of `count` random tokens, all but the window coded, as `GSRQCache.load` leaves it."""
+    options, config = cache.layers[0].options, cache.codebooks.config
+    stored = count - options.residual_length
+    for index in config.layers:
+        tensors = {name: random_states(model, options.residual_length) for name in ("keys", "values")}
+        for kind in KINDS:
+            tensors[f"{kind}_sinks"] = random_states(model, options.sink_length)
+            size = (1, *config.code_shape(index, kind), stored - options.sink_length)
+            tensors[f"{kind}_codes"] = torch.randint(0, 256, size, dtype=torch.uint8, device=model.device)
+        cache.layers[index].fill(tensors, stored, long_rotary=False)
+    positions = torch.arange(count, dtype=torch.int32, device=model.device)[None]
+    cache.table.fill(count, positions, torch.zeros(1, dtype=torch.long, device=model.device))
+    return cache
 
 
 def main() -> None:
@@ -116,10 +147,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--backend", default="auto", help="of the compressed cache: auto, torch or triton")
     parser.add_argument("--largest", action="store_true", help="find the largest context that fits instead")
+    parser.add_argument("--no-cudnn", action="store_true", help="keep cuDNN's attention out of the plain cache's way")
     parser.add_argument("--limit", type=int, default=2**27, help="look for no larger context than this")
     parser.add_argument("--tiny", action="store_true", help="two small layers, to try the script")
     add_arguments(parser)
     arguments = parser.parse_args()
+    # torch 2.11 hands a plain cache's attention to cuDNN, which plans anew for every length.
+    torch.backends.cuda.enable_cudnn_sdp(not arguments.no_cudnn)
     write(find_largest(arguments) if arguments.largest else time_contexts(arguments), arguments)
 
 
