@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,15 +81,19 @@ def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ),
     }
     for name, make in makers.items():
-        yield {"what": "largest context", "cache": name, "tokens": _largest(model, make, arguments.limit)}
+        yield {
+            "what": "largest context",
+            "cache": name,
+            "tokens": largest(partial(_decodes, model, make), arguments.limit),
+        }
 
 
-def _largest(model: PreTrainedModel, make: Callable[[int], Cache], limit: int) -> int:
+def largest(fits_at: Callable[[int], bool], limit: int) -> int:
     """Double until it does not fit, then halve the interval until it is within `PRECISION`."""
     fits, fails = 0, limit + 1
     count = min(FIRST, limit)
     while count > fits:
-        if _decodes(model, make, count):
+        if fits_at(count):
             fits = count
         else:
             fails = count

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,5 +31,12 @@ def test_models(tmp_path: Path) -> None:
 
 def test_the_largest_context() -> None:
     lines = run("--largest", "--limit", 1000)
-    # A chunk and the token decoded after it.
-    assert {line["cache"]: line["tokens"] for line in lines} == {"plain": 1001, "gsrq 1 bits": 1001}
+    assert {line["cache"]: line["tokens"] for line in lines} == {"plain": 1000, "gsrq 1 bits": 1000}
+
+
+@pytest.mark.parametrize("room", [0, 1000, 123_456, 10**9])
+def test_the_search_ends_at_what_fits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    models = importlib.import_module("models")
+    found = models.largest(lambda count: count <= room, 10**8)
+    assert 0.98 * min(room, 10**8) <= found <= min(room, 10**8)
