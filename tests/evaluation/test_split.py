@@ -43,8 +43,17 @@ def test_candidates_cost_exactly_the_bits() -> None:
 
 
 def test_needles_come_before_perplexity() -> None:
-    even, better, greedy = Split(8, 8, 0.9, 0.1, 0.5), Split(7, 9, 0.8, 0.1, 0.5), Split(5, 11, 0.7, 0.1, 0.1)
+    even, better = Split(8, 8, 0.9, 0.1, 0.5), Split(7, 9, 0.8, 0.1, 0.5)
+    greedy = Split(5, 11, 0.7, 0.1, 0.1, lost=14, gained=1)
     choice = _choose((even, better, greedy))
     assert choice.chosen == better
     assert "5/11" in choice.reason
     assert _choose((even, greedy)).chosen == even
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "recalls"),
+    [(0, 0, True), (1, 0, True), (2, 0, False), (2, 1, True), (6, 3, True), (7, 3, False)],
+)
+def test_a_prompt_more_or_less_is_chance(lost: int, gained: int, recalls: bool) -> None:
+    assert Split(7, 9, 0.8, 0.1, 0.5, lost, gained).recalls is recalls

@@ -29,6 +29,8 @@ class Split:
         increase: Perplexity over the plain cache's, minus 1.
         increase_error: Its standard error.
         hits: Answered share of the retrieval prompts, all tasks together.
+        lost: Prompts that the even split answers and this one does not.
+        gained: The other way round.
     """
 
     key_stages: int
@@ -36,6 +38,17 @@ class Split:
     increase: float
     increase_error: float
     hits: float
+    lost: int = 0
+    gained: int = 0
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it answers no fewer prompts than the even split, but for chance.
+
+        Only prompts that one of the two answers tell them apart; their difference has a standard error of the root of
+        their number.
+        """
+        return self.lost - self.gained <= math.sqrt(self.lost + self.gained)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ def choose_split(
 ) -> SplitChoice:
     """Measure divisions of `bits` between keys and values and take the best.
 
-    Among the splits that answer no fewer retrieval prompts than the even one, the one with the least perplexity.
+    Among the splits that answer no fewer retrieval prompts than the even one (`Split.recalls`), the one with the least
+    perplexity.
 
     Args:
         model: The model.
@@ -89,13 +103,23 @@ def choose_split(
     for name, pair in zip(methods, pairs, strict=True):
         perplexity = agreement[name].perplexity
         share = sum(hits[name]) / max(1, len(hits[name]))
-        splits.append(Split(*pair, perplexity.increase, perplexity.increase_error, share))
+        both = list(zip(hits[str(pairs[0])], hits[name], strict=True))
+        splits.append(
+            Split(
+                *pair,
+                perplexity.increase,
+                perplexity.increase_error,
+                share,
+                lost=sum(even and not hit for even, hit in both),
+                gained=sum(hit and not even for even, hit in both),
+            )
+        )
     return _choose(tuple(splits))
 
 
 def _choose(splits: tuple[Split, ...]) -> SplitChoice:
     even = splits[0]
-    safe = [split for split in splits if split.hits >= even.hits]
+    safe = [split for split in splits if split.recalls]
     chosen = min(safe, key=lambda split: split.increase)
     dropped = [split for split in splits if split.increase < chosen.increase]
     reason = (
