@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-OLDEST_TRITON = (3, 5)
+OLDEST_TRITON = (3, 6)
 # Gathers from shared memory, and atomics on it, came to Gluon with this version.
 OLDEST_GLUON_TRITON = (3, 9)
 OLDEST_CAPABILITY = (8, 0)

@@ -13,7 +13,7 @@ import torch
 from . import gluon_reason, unsupported_decode_reason
 from .key_scores import key_scores
 from .key_tables import KeyTables, prepare_keys
-from .merge import EXACT_BLOCK, PARTS_BLOCK, _combine_histograms, _exact_attention, _merge
+from .merge import EXACT_BLOCK, EXACT_TILE, PARTS_BLOCK, _combine_histograms, _exact_attention, _merge
 from .value_gather import value_gather
 
 __all__ = ["KeyTables", "decode_attention", "prepare_keys"]
@@ -121,7 +121,7 @@ def _decode_attention(
         "HAS_CAP": softcap is not None,
         "BN": block_rows,
         "BD": block_dim,
-        "BE": EXACT_BLOCK,
+        "BE": min(EXACT_BLOCK, EXACT_TILE // block_dim),
     }
     with torch.cuda.device_of(query):
         num_sms, shared_bytes = _device_size(query.device)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 EXACT_BLOCK = 64
+# Keys of a block, in numbers; those of two blocks and their values are in flight, within 99 KiB of shared memory.
+EXACT_TILE = 64 * 128
 PARTS_BLOCK = 32
 
 

@@ -1,0 +1,128 @@
+"""Every kernel compiles, and its tables fit in shared memory, on GPUs that nobody here has.
+
+What the wrappers would launch is recorded instead of launched, then compiled for each target; no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from decode_cases import Case, run_triton
+from transformers_gsrq.ops import triton as kernels
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(kernels.triton_version() is None, reason="Triton is not installed"),
+    pytest.mark.skipif(kernels.interpreting(), reason="the interpreter compiles nothing"),
+]
+# Compute capability: bytes of shared memory that a program may have (CUDA programming guide, compute capabilities).
+TARGETS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+HEAD_128 = {"head_dim": 128, "key_subspace": 128, "value_subspace": 128}
+DECODING = {
+    "8_heads": Case(**HEAD_128, heads=8, groups=4, key_stages=16, value_stages=24, tokens=5000),
+    "6_groups": Case(**HEAD_128, groups=6, key_stages=12, value_stages=20, tokens=3000),
+    "16_queries": Case(**HEAD_128, queries=16, tokens=1000),
+    "head_dim_64": Case(head_dim=64, key_subspace=64, value_subspace=64, heads=3, groups=3, tokens=1000),
+    "head_dim_256": Case(head_dim=256, key_subspace=256, value_subspace=256, tokens=777),
+    "subspace_spans_heads": Case(head_dim=64, key_subspace=128, value_subspace=128, tokens=1000),
+}
+
+Launch = tuple[Any, dict[str, Any], dict[str, int]]
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], int], list[Launch]]:
+    """Call something and return what it would have launched on a GPU of a compute capability."""
+    from triton.runtime.jit import KernelInterface
+
+    from transformers_gsrq.ops.triton import decode_attention
+
+    launches: list[Launch] = []
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+            launches.append((kernel, kernel.signature.bind(*args, **kwargs).arguments, options))
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
+    monkeypatch.setattr(kernels, "unsupported_reason", lambda device, dtype: None)
+
+    def run(call: Callable[[], Any], capability: int) -> list[Launch]:
+        monkeypatch.setattr(decode_attention, "_device_size", lambda device: (108, TARGETS[capability]))
+        launches.clear()
+        call()
+        return list(launches)
+
+    return run
+
+
+def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> int:
+    """Bytes of shared memory that a launch takes on a target."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.num,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[parameter.num,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[parameter.num,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("gluon", [False, True], ids=["portable", "gluon"])
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_compiles_and_fits(
+    name: str, gluon: bool, capability: int, record: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers_gsrq.ops.triton import decode_attention
+
+    if gluon and kernels.gluon_reason(1) is not None:
+        pytest.skip(kernels.gluon_reason(1))
+    if not gluon:
+        monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
+    case = DECODING[name]
+    case.dtype = torch.bfloat16
+    launches = record(lambda: run_triton(case.build("cpu")), capability)
+    assert len(launches) >= 4
+    for kernel, arguments, options in launches:
+        assert compile_for(capability, kernel, arguments, options) <= TARGETS[capability], kernel.fn.__name__
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(("head_dim", "subspace"), [(128, 128), (64, 64), (256, 256), (64, 128), (128, 32)])
+def test_encoding_compiles_and_fits(head_dim: int, subspace: int, capability: int, record: Callable) -> None:
+    from transformers_gsrq.ops.triton.encode import encode
+
+    num_subspaces = 2 * head_dim // subspace
+    states = torch.zeros(1, 2, 200, head_dim, dtype=torch.bfloat16)
+    centroids = torch.zeros(num_subspaces, 3, 256, subspace, dtype=torch.bfloat16)
+    codes = torch.zeros(1, num_subspaces, 3, 200, dtype=torch.uint8)
+    angles = torch.zeros(1, 200, head_dim // 2)
+    for cos_sin in ((angles, angles), None):
+        (launch,) = record(lambda cos_sin=cos_sin: encode(states, centroids, cos_sin, codes), capability)
+        assert compile_for(capability, *launch) <= TARGETS[capability]
