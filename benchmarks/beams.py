@@ -65,8 +65,8 @@ def main() -> None:
     """Measure every width, print it and keep the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON record")
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
     model, tokenizer = load_embedded_model(dtype=torch.float32)
