@@ -235,10 +235,11 @@ def random_codebooks(
     subspace_dim: int = 8,
     seed: int = 0,
     key_space: str = "before_rope",
+    num_centroids: int = 64,
 ) -> GSRQCodebooks:
-    """Codebooks that fit a model's geometry and know nothing of its states."""
+    """Codebooks that fit a model's geometry and know nothing of its states; kernels take 256 centroids."""
     config = GSRQConfig.for_model(
-        model.config, bits=bits, subspace_dim=subspace_dim, num_centroids=64, key_space=key_space
+        model.config, bits=bits, subspace_dim=subspace_dim, num_centroids=num_centroids, key_space=key_space
     )
     generator = torch.Generator().manual_seed(seed)
     gains, shapes = {}, {}
