@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -51,6 +54,18 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+    return build_reason()
+
+
+def build_reason() -> str | None:
+    """Why Triton cannot build the C code that launches kernels, as in slim container images; None if it can."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels: install gcc, or set CC"
+    # Debian's own scheme names a folder for local additions.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return f"Triton needs Python's C headers to launch kernels, and there are none in {headers} (python3-dev)"
     return None
 
 
