@@ -24,7 +24,7 @@ RUNS = triton_version() is not None and unsupported_reason(torch.device(DEVICE),
 IN_THE_INTERPRETER = ("gpt-neox", "phi3", "gemma3", "granite")
 ON_A_GPU = (
     "llama-linear", "llama-llama3", "llama-yarn", "mistral", "qwen2", "qwen2-sliding", "qwen3", "stablelm", "olmo2",
-    "smollm3", "gemma2", "mixtral", "qwen3-moe",
+    "smollm3", "mixtral", "qwen3-moe",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs a GPU, or TRITON_INTERPRET=1 and Triton")
 
