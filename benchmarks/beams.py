@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,6 +22,7 @@ from transformers_gsrq.demo import DEFAULT_FOLDER, load_embedded_codebooks, load
 from transformers_gsrq.evaluation.agreement import measure_agreement
 from transformers_gsrq.evaluation.reconstruction import measure_reconstruction
 from transformers_gsrq.evaluation.records import circumstances
+from transformers_gsrq.evaluation.speed import now
 from transformers_gsrq.ops import encode_vectors
 from transformers_gsrq.simulation import CodebookMethod
 from transformers_gsrq.text import token_windows, windows_digest
@@ -35,16 +35,10 @@ def encode_seconds(model: PreTrainedModel, codebooks: GSRQCodebooks, width: int,
         for kind in KINDS:
             centroids = codebooks.centroids(layer, kind, model.device, torch.float32)
             vectors = torch.randn(centroids.shape[0], num_tokens, centroids.shape[-1], device=model.device)
-            began = _now(model)
+            began = now(model)
             encode_vectors(vectors, centroids, width)
-            total += _now(model) - began
+            total += now(model) - began
     return total
-
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
 
 
 def measure(model: PreTrainedModel, codebooks: GSRQCodebooks, windows: torch.Tensor, width: int) -> dict[str, Any]:

@@ -137,8 +137,6 @@ class GSRQCache(SteppedCache):
         """The layers that store codes."""
         return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
 
-    # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
-    @torch.compiler.disable
     def receive(self, module: nn.Module, step: Step) -> None:
         """Hand a step to its layer (called by the hooks of `attach`).
 
@@ -157,6 +155,7 @@ class GSRQCache(SteppedCache):
         if isinstance(layer, GSRQLayer):
             layer.receive(step)
 
+    # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
     @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

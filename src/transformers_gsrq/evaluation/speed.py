@@ -97,23 +97,24 @@ def _measure(
 ) -> Speed:
     on_gpu = model.device.type == "cuda"
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
-    began = _now(model)
+    began = now(model)
     model(input_ids=token_ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    prefill = _now(model) - began
+    prefill = now(model) - began
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     times = []
     for index in range(context, context + new_tokens + 1):
-        began = _now(model)
+        began = now(model)
         model(input_ids=token_ids[:, index : index + 1], past_key_values=cache, use_cache=True)
-        times.append((_now(model) - began) * 1000)
+        times.append((now(model) - began) * 1000)
     lower, median, upper = statistics.quantiles(times[1:], n=4)
     allocated = torch.cuda.memory_allocated(model.device) - before if on_gpu else None
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
     return Speed(name, context, prefill, median, (upper - lower) / 2, *_bytes(cache), allocated, peak)
 
 
-def _now(model: PreTrainedModel) -> float:
+def now(model: PreTrainedModel) -> float:
+    """Seconds of a clock, once the model's device has done its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
