@@ -2,10 +2,11 @@
 
     python benchmarks/models.py                       # a line of JSON for each cache and context
     python benchmarks/models.py --backend triton --contexts 1024 32768
+    python benchmarks/models.py --model Qwen/Qwen2.5-1.5B --contexts 32768
     python benchmarks/models.py --largest             # fills each cache until the GPU is full
 
-The model has the shape of Qwen2.5-1.5B with random weights, and random codebooks: neither speed nor memory depends on
-them. Transformers' quantized caches are measured where optimum-quanto or hqq is installed.
+Without --model, the model has the shape of Qwen2.5-1.5B and random weights. Codebooks are random: neither speed nor
+memory depends on them. Transformers' quantized caches are measured where optimum-quanto or hqq is installed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, Qwen2Config, Qwen
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
 from transformers_gsrq.config import KINDS, head_geometry
 from transformers_gsrq.evaluation.speed import measure_speed
+from transformers_gsrq.loading import load_model
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 # Key and value bits: 1 bit on average, divided as perplexity and retrieval together ask for.
@@ -32,8 +34,10 @@ KEY_BITS, VALUE_BITS = 0.75, 1.25
 FIRST, PRECISION = 65536, 0.02
 
 
-def make_model(tiny: bool) -> PreTrainedModel:
-    """Qwen2.5-1.5B's shape, or two small layers to try the script with."""
+def make_model(name: str | None, tiny: bool) -> PreTrainedModel:
+    """A model by name, or random weights in Qwen2.5-1.5B's shape, or two small layers to try the script with."""
+    if name is not None:
+        return load_model(name)[0].eval()
     shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936}
     if tiny:
         shape = {"hidden_size": 1536, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
@@ -58,12 +62,13 @@ def make_codebooks(model: PreTrainedModel) -> GSRQCodebooks:
 
 def time_contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every cache at every context."""
-    model = make_model(arguments.tiny)
+    model = make_model(arguments.model, arguments.tiny)
     tokens = torch.randint(0, model.config.vocab_size, (max(arguments.contexts) + 64,))
+    named = {} if arguments.model is None else {"model": arguments.model}
     for speed in measure_speed(
         model, make_codebooks(model), tokens, arguments.contexts, new_tokens=32, backend=arguments.backend
     ):
-        yield {"what": "model", **vars(speed), "backend": arguments.backend, "cudnn_sdpa": not arguments.no_cudnn}
+        yield {"what": "model", **vars(speed), "backend": arguments.backend, "cudnn_sdpa": not arguments.no_cudnn, **named}
 
 
 def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -72,7 +77,7 @@ def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     The caches are filled with random states and codes, as if they had been loaded: no time goes into a prompt, and
     what reading one would take besides is not counted.
     """
-    model = make_model(arguments.tiny)
+    model = make_model(arguments.model, arguments.tiny)
     codebooks = make_codebooks(model)
     makers: dict[str, Callable[[int], Cache]] = {
         "plain": lambda count: fill_plain(model, count),
@@ -149,6 +154,7 @@ def fill_compressed(model: PreTrainedModel, cache: GSRQCache, count: int) -> GSR
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, Hub id or GGUF file")
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--backend", default="auto", help="of the compressed cache: auto, torch or triton")
     parser.add_argument("--largest", action="store_true", help="find the largest context that fits instead")

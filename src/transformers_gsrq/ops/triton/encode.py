@@ -15,19 +15,6 @@ MAX_REGISTERS = 128
 
 
 @triton.jit
-def _pack(low, high):
-    # Two float32 tensors in one of words of two float16.
-    low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
-    return low | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _unpack(words):
-    low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def _load_plain(
     base, cos, sin, t, num_tokens, subspace, s, stride_head,
     D: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr,
@@ -101,19 +88,20 @@ def _encode(
     else:
         first_half = _load_plain(base, cos, sin, t, num_tokens, subspace, s, stride_head, D, S, PAIRS)
         other_half = _load_plain(base, cos, sin, t, num_tokens, subspace, s + BS // 2, stride_head, D, S, PAIRS)
-    # The residual is kept in float16, one channel of each half a word: its rounding is 2^-11 of itself, and half the
-    # registers let two programs share an SM, one multiplying while the other compares.
-    words = _pack(first_half, other_half)
+    # The residual is kept as the products take it. Rounding it costs no more than rounding the centroids did, and half
+    # the registers let two programs share an SM, one multiplying while the other compares.
+    first_half = first_half.to(centroids.dtype.element_ty)
+    other_half = other_half.to(centroids.dtype.element_ty)
     k = tl.arange(0, BK)
     # Column 8i + 2j + e of a tile of scores lies in register (i, e) of thread j of four.
     i = tl.arange(0, BK // 8)[None, :, None, None]
     e = tl.arange(0, 2)[None, None, None, :]
+    # Beyond the last token codes are not stored, so any mask will do: one that is no constant can be applied, and a
+    # code added, on different pipes.
+    upper = tl.where(t < num_tokens, -256, -1)[:, None, None, None]
     for stage in range(stages):
         place = subspace * stages + stage
         table = centroids + place.to(tl.int64) * (K * S)
-        first_half, other_half = _unpack(words)
-        first_operand = first_half.to(centroids.dtype.element_ty)
-        other_operand = other_half.to(centroids.dtype.element_ty)
         best = tl.full([BT, 4], float("-inf"), tl.float32)
         # Tiles in flight (num_stages=2 or 3) were no faster: two programs share an SM and hide each other's loads.
         for start in tl.range(0, K, BK, num_stages=1):
@@ -122,12 +110,12 @@ def _encode(
             other_part = tl.load(tile + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
             bias = tl.load(biases + place * K + start + k)
             # argmin |x - c|^2 = argmax x.c - |c|^2 / 2 (paper, Alg. 1, step 2)
-            scores = tl.dot(first_operand, tl.trans(first_part), tl.broadcast_to(bias[None, :], [BT, BK]))
-            scores = tl.dot(other_operand, tl.trans(other_part), scores)
+            scores = tl.dot(first_half, tl.trans(first_part), tl.broadcast_to(bias[None, :], [BT, BK]))
+            scores = tl.dot(other_half, tl.trans(other_part), scores)
             # The code takes the place of the last 8 of 23 mantissa bits, so that one maximum finds both; the operands
             # of the products have 10 at most. Bits are inverted: of equal positive scores the lowest code wins.
             bits = scores.to(tl.int32, bitcast=True).reshape([BT, BK // 8, 4, 2])
-            packed = ((bits & -256) | (255 - start - 8 * i - e)).to(tl.float32, bitcast=True)
+            packed = ((bits & upper) + (255 - start - 8 * i - e)).to(tl.float32, bitcast=True)
             best = tl.maximum(best, tl.max(tl.max(packed, 3), 1))
         bits = best.to(tl.int32, bitcast=True) - 2 * tl.arange(0, 4)[None, :]
         bits = tl.max(bits.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
@@ -135,10 +123,8 @@ def _encode(
         tl.store(codes + row * codes_batch + subspace * codes_subspace + stage * codes_stage + t, code.to(tl.uint8),
                  mask=t < num_tokens)  # fmt: skip
         chosen = table + code[:, None] * S + s[None, :]
-        first_half, other_half = _unpack(words)
-        first_half -= tl.load(chosen, mask=s[None, :] < S, other=0.0).to(tl.float32)
-        other_half -= tl.load(chosen + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0).to(tl.float32)
-        words = _pack(first_half, other_half)
+        first_half -= tl.load(chosen, mask=s[None, :] < S, other=0.0)
+        other_half -= tl.load(chosen + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
 
 
 @torch.library.custom_op("transformers_gsrq::encode", mutates_args={"codes"})
@@ -204,8 +190,7 @@ def encode(
 ) -> None:
     """Greedy residual codes of key or value states; the same as `reference.encode` but for products in half precision.
 
-    Residuals are kept in float16, and the products that choose a code take them rounded to the dtype of `centroids`:
-    of two centroids almost equally near the farther may be chosen.
+    Residuals are kept in the dtype of `centroids`: of two centroids almost equally near the farther may be chosen.
 
     Args:
         states: `[B, H, T, D]`, float16 or bfloat16, any strides.
