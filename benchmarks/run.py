@@ -123,7 +123,7 @@ def time_decoding(shape: str, context: int, rates: list[str], batch: int) -> Ite
 def check_naive(inputs: dict[str, Any], naive: dict[str, Any]) -> None:
     """Refuse to time two kernels that disagree on the coded tokens."""
     context, exact = naive["key_codes"].shape[-1], inputs["exact_keys"].shape[2]
-    coded = torch.arange(context + exact, device="cuda")[None, None, None] < context
+    coded = (torch.arange(context + exact, device="cuda") < context).expand(len(inputs["query"]), 1, 1, -1)
     ours = attention.decode_attention(**{**inputs, "mask": coded}).float()
     error = (naive_attention(**naive).float() - ours).norm() / ours.norm()
     if not error < 0.02:

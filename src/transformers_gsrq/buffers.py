@@ -47,7 +47,7 @@ class CodeBuffer:
                 f"Codes must be uint8 [B, M, R, tokens] with [B, M, R] = {list(self._data.shape[:3])}, got "
                 f"{codes.dtype} {list(codes.shape)}."
             )
-        self._data, self.length = codes[..., :0], 0
+        self._data, self.length = self._data[..., :0], 0
         self.reserve(codes.shape[-1]).copy_(codes)
         self.length = codes.shape[-1]
 

@@ -354,7 +354,7 @@ class GSRQLayer(CacheLayerMixin):
         return out
 
     def fill(self, tensors: dict[str, torch.Tensor], num_stored: int, *, long_rotary: bool) -> None:
-        """Hold these tensors, all on the device where the layer computes.
+        """Hold these tensors: codes from anywhere, the others on the device where the layer computes.
 
         Raises:
             ValueError: if their shapes do not fit the codebooks or one another.

@@ -163,6 +163,7 @@ def test_wrong_codes_are_seen() -> None:
     [
         ({"query": torch.zeros(1, 4, 17, 64)}, "up to 16 query tokens, not 17"),
         ({"query": torch.zeros(1, 4, 1, 48)}, "head_dim 64.*not 48"),
+        ({"mask": torch.zeros(1, 1, 1, 7)}, r"mask must be .* got \[1, 1, 1, 7\]"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:

@@ -93,6 +93,11 @@ def _decode_attention(
         part.to(torch.int32).contiguous() for part in (starts, sink_counts, first_position)
     )
     if mask is not None:
+        if mask.shape not in ((batch, heads, num_queries, num_tokens + num_exact) for heads in (1, num_query_heads)):
+            raise ValueError(
+                f"The mask must be [{batch}, 1 or {num_query_heads}, {num_queries}, {num_tokens + num_exact}], got "
+                f"{list(mask.shape)}."
+            )
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     exact_keys, exact_values = (
         part if part.stride(-1) == 1 else part.contiguous() for part in (exact_keys, exact_values)
