@@ -52,7 +52,7 @@ RATES = (2.0, 1.0, 0.75, 0.5, 0.375)
 # Distillation is the costly part; the rates that it is shown at.
 TRAINED_RATES = (1.0, 0.5)
 TASKS = ("needle", "needle_of_four")
-PARTS = ("recipe", "improved", "baselines")
+PARTS = ("recipe", "improved", "clusterings", "baselines")
 RECIPE = "GSKM + log"
 
 
@@ -406,8 +406,7 @@ def run_study(study: Study) -> dict[str, Any]:
     if "recipe" in args.parts:
         study.run("split rows", lambda: study.measure(study.learned_rows("split", RATES)))
         study.run("attribution", lambda: attribution_rows(study))
-    if "baselines" in args.parts:
-        study.run("scalar rows", lambda: scalar_rows(study))
+    if "clusterings" in args.parts:
         for method, weighting in (("kmeans", "none"), ("gskm", "none"), ("gskm", "raw")):
             label = method if weighting == "none" else "GSKM + raw"
             study.run(
@@ -416,6 +415,8 @@ def run_study(study: Study) -> dict[str, Any]:
                 needs=25,
             )
             study.run(f"{label} rows", lambda n=label: half_rows(study, n))
+    if "baselines" in args.parts:
+        study.run("scalar rows", lambda: scalar_rows(study))
         study.run("coupled", lambda: coupled_rows(study), needs=20)
         study.run("strided", lambda: strided_rows(study), needs=20)
     study.results["total_seconds"] = round(study.elapsed(), 1)

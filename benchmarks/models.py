@@ -68,7 +68,8 @@ def time_contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for speed in measure_speed(
         model, make_codebooks(model), tokens, arguments.contexts, new_tokens=32, backend=arguments.backend
     ):
-        yield {"what": "model", **vars(speed), "backend": arguments.backend, "cudnn_sdpa": not arguments.no_cudnn, **named}
+        line = {"what": "model", **vars(speed), "backend": arguments.backend, **named}
+        yield {**line, "cudnn_sdpa": not arguments.no_cudnn}
 
 
 def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

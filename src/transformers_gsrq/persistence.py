@@ -156,9 +156,7 @@ def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenTable, model:
             prefix = f"layers.{index}."
             device = execution_device(modules[index])
             tensors = {
-                name.removeprefix(prefix): reader.get_tensor(name)
-                for name in reader.keys()
-                if name.startswith(prefix)
+                name.removeprefix(prefix): reader.get_tensor(name) for name in reader.keys() if name.startswith(prefix)
             }
             # Codes go straight into their buffer: a copy on the way would be held beside the cache.
             tensors = {
