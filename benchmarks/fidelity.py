@@ -313,21 +313,20 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def join(paths: Iterable[str]) -> dict[str, Any]:
-    """One result of several parts of a study; a row that two of them have is that of the first."""
+    """One result of several parts of a study; what two of them have is that of the first, but for longer retrieval."""
     joined: dict[str, Any] = {"parts": []}
     for path in paths:
         part = json.loads(Path(path).read_text())
         if joined.setdefault("data", part["data"]) != part["data"]:
             raise SystemExit(f"{path} measured other texts than the parts before it.")
-        joined["parts"].append({key: part.pop(key) for key in ("settings", "seconds", "total_seconds") if key in part})
+        # A record that was joined before brings the parts that it was made of.
+        own = {key: part.pop(key) for key in ("commit", "settings", "seconds", "splits") if key in part}
+        joined["parts"] += part.pop("parts", [own])
         rows = joined.setdefault("rows", {})
         for name, row in part.pop("rows").items():
             add_scores(rows.setdefault(name, row), row["retrieval"])
         for key, value in part.items():
-            if key in ("splits", "distillation"):
-                joined[key] = {**value, **joined.get(key, {})}
-            else:
-                joined.setdefault(key, value)
+            joined[key] = {**value, **joined.get(key, {})} if key == "distillation" else joined.setdefault(key, value)
     return joined
 
 
