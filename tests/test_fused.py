@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, detach, fused
@@ -200,3 +202,85 @@ def test_memory_counts_the_key_tables(model: LlamaForCausalLM, codebooks: GSRQCo
     assert reports[0] >= codebooks.config.codebook_bytes + tables
     # Further caches share what the first one made.
     assert reports[1:] == reports[:1] * 2
+
+
+class Graphs:
+    """A compiler that changes nothing and counts the operators of our attention in each graph."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.operators: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        self.operators.append(sum("cached_attention" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+
+def test_a_compiled_model_has_no_break_in_its_layers(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
+    """All layers are in one graph, and decode as they do in eager mode."""
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :9] = 0
+    widths = (1,) * 6 + (5,)
+    expected = decode(model, make_cache(model, codebooks, "triton"), mask, widths)
+    graphs, cache = Graphs(), make_cache(model, codebooks, "triton")
+    found = decode(torch.compile(model, backend=graphs), cache, mask, widths)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert cache.backend == "triton"
+    # One graph for the prompt, one for single tokens, and one for any number; the others have no layers.
+    assert [count for count in graphs.operators if count] == [model.config.num_hidden_layers] * 3
+
+
+@pytest.mark.parametrize("name", [*IN_THE_INTERPRETER, *(pytest.param(n, marks=pytest.mark.gpu) for n in ON_A_GPU)])
+def test_compiled_architectures_decode_as_eager_ones(name: str) -> None:
+    if DEVICE == "cpu" and name not in ("gemma3", "phi3"):
+        pytest.skip("slow in the interpreter")
+    model = SUPPORTED[name].build(torch.float16).to(DEVICE)
+    codebooks = random_codebooks(model, bits=1.0, num_centroids=256)
+    ids = (torch.arange(56) * 7 % 50)[None].to(DEVICE)
+    graphs, results = Graphs(), []
+    for module in (model, torch.compile(model, backend=graphs)):
+        cache = make_cache(model, codebooks, "auto")
+        with torch.no_grad():
+            logits = [module(ids[:, :48], past_key_values=cache).logits[:, -1:]]
+            logits += [module(ids[:, i : i + 1], past_key_values=cache).logits for i in range(48, 56)]
+        results.append(torch.cat(logits, 1).float())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+    layers = model.get_decoder().config.num_hidden_layers
+    assert [count for count in graphs.operators if count] == [layers] * 2
+
+
+def test_a_compiled_model_takes_other_caches_without_a_break(
+    model: LlamaForCausalLM, codebooks: GSRQCodebooks
+) -> None:
+    make_cache(model, codebooks, "triton")
+    graphs, tokens = Graphs(), torch.randint(0, 64, (1, 24)).to(DEVICE)
+    with torch.no_grad():
+        expected = model(tokens, past_key_values=DynamicCache()).logits
+        found = torch.compile(model, backend=graphs, fullgraph=True)(tokens, past_key_values=DynamicCache()).logits
+    assert torch.equal(found, expected)
+    assert graphs.operators == [0]
+
+
+def test_a_failure_in_a_compiled_model_leaves_the_cache_as_it_was(
+    model: LlamaForCausalLM, codebooks: GSRQCodebooks
+) -> None:
+    compiled, cache = torch.compile(model, backend=Graphs()), make_cache(model, codebooks, "triton")
+    tokens = torch.randint(0, 64, (2, 24)).to(DEVICE)
+    with torch.no_grad():
+        compiled(tokens[:, :23], past_key_values=cache)
+        with pytest.raises(ValueError, match="holds 2 rows, but the model was given 1"):
+            compiled(tokens[:1, 23:], past_key_values=cache)
+        assert cache.get_seq_length() == 23
+        compiled(tokens[:, 23:], past_key_values=cache)
+    assert cache.get_seq_length() == 24
+
+
+def test_a_compiled_model_without_our_attention_is_an_error(
+    model: LlamaForCausalLM, codebooks: GSRQCodebooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(model, codebooks, "triton")
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: sdpa)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Run this model without torch.compile"):
+        torch.compile(model, backend=Graphs())(torch.zeros(1, 24, dtype=torch.long).to(DEVICE), past_key_values=cache)
+    assert cache.get_seq_length() == 0

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from . import fused
+from . import compiled, fused
 from .rope import attention_modules
 
 # What attention modules call their cache argument.
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+
+# The attention modules of a decoder by layer.
+_attached: WeakKeyDictionary[nn.Module, dict[int, nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,12 @@ def attach(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if no attention modules are recognised.
     """
-    for module in attention_modules(model).values():
+    modules = attention_modules(model)
+    for module in modules.values():
         if _hand_over not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_hand_over, with_kwargs=True)
     decoder = model.get_decoder()
+    _attached[decoder] = modules
     if _begin not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_begin, with_kwargs=True)
     if _clean_up not in decoder._forward_hooks.values():
@@ -88,35 +94,61 @@ def detach(model: PreTrainedModel) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
-@torch.compiler.disable
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, SteppedCache):
-        cache.settle()
+        _prepare(module, cache)
 
 
 @torch.compiler.disable
-def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _prepare(decoder: nn.Module, cache: SteppedCache) -> None:
+    cache.settle()
+    if decoder not in _attached:
+        # A copy of an attached model has its hooks.
+        hooked = (part for part in decoder.modules() if _hand_over in part._forward_pre_hooks.values())
+        _attached[decoder] = {int(part.layer_idx): part for part in hooked}  # type: ignore[arg-type]
+    compiled.begin(cache, _attached[decoder])
+
+
+def _hand_over(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    name = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), "")
+    cache = kwargs.get(name)
+    position_ids, embeddings = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if not isinstance(cache, SteppedCache):
+            return None
+        if fused.is_routed(module):
+            compiled.leave(module, position_ids, embeddings)
+            return args, {**kwargs, name: compiled.PASS_THROUGH}
+    _tell(module, cache, Step(position_ids, embeddings, kwargs.get("attention_mask"), module))
+    return None
+
+
+@torch.compiler.disable
+def _tell(module: nn.Module, cache: Any, step: Step) -> None:
     # A forward pass that was interrupted may have left a note for this module, which may now run with another cache.
     fused.forget(module)
-    cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     if isinstance(cache, SteppedCache):
-        step = Step(
-            kwargs.get("position_ids"), kwargs.get("position_embeddings"), kwargs.get("attention_mask"), module
-        )
         cache.receive(module, step)
 
 
-@torch.compiler.disable
 def _clean_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, SteppedCache):
         # An always-called hook sees no output exactly when the forward raised.
-        if output is None:
-            cache.roll_back()
-        else:
-            fused.check_read(module)
-            cache.commit()
+        _finish(module, cache, output is not None)
+
+
+@torch.compiler.disable
+def _finish(decoder: nn.Module, cache: SteppedCache, succeeded: bool) -> None:
+    if succeeded:
+        fused.check_read(decoder)
+        compiled.check_taken(_attached[decoder])
+        cache.commit()
+    else:
+        cache.roll_back()
 
 
 def first_visible_tokens(mask: Any, batch: int, num_tokens: int, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import compiled
 from .config import KINDS
 from .ops import triton as kernels
 from .ops.triton.encode_biases import bias_bytes
@@ -129,8 +130,8 @@ def reason_against(layer: GSRQLayer, step: Step, states: torch.Tensor) -> str | 
     reason = _kernel_reason(layer, states.shape[-2])
     if reason:
         return reason
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if module is None or not str(implementation).startswith(PREFIX):
+    if module is None or not is_routed(module):
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         return f"the model's attention implementation is {implementation!r}, and only {ROUTED} can be replaced"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4):
         return "the attention mask is not a boolean [B, heads, Q, T] tensor"
@@ -285,7 +286,11 @@ def _sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a routed model calls instead of its original attention."""
-    layer = _find_expected(module)
+    traced = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if traced and compiled.is_told(module):
+        options = kwargs.get("dropout", 0.0), kwargs.get("is_causal")
+        return compiled.attend(module, query, key, value, attention_mask, scaling, softcap, *options), None
+    layer = None if traced else _find_expected(module)
     if layer is None:
         if softcap is not None:
             kwargs["softcap"] = softcap
@@ -305,6 +310,11 @@ def route(model: PreTrainedModel) -> None:
     for config in _configs(model):
         if config._attn_implementation in ROUTED:
             config._attn_implementation_internal = PREFIX + config._attn_implementation
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether an attention module calls our attention function."""
+    return str(getattr(getattr(module, "config", None), "_attn_implementation", None)).startswith(PREFIX)
 
 
 def unroute(model: PreTrainedModel) -> None:
