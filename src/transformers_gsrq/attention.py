@@ -121,7 +121,7 @@ def _hand_over(
             return None
         if fused.is_routed(module):
             compiled.leave(module, position_ids, embeddings)
-            return args, {**kwargs, name: compiled.PASS_THROUGH}
+            return args, {**kwargs, name: compiled.PassThrough(cache)}
     _tell(module, cache, Step(position_ids, embeddings, kwargs.get("attention_mask"), module))
     return None
 

@@ -1,8 +1,8 @@
 """Compiled models: what a layer's hook, `Cache.update` and attention do, as one operator that nothing looks into.
 
 What a cache keeps in Python changes with every token, so traced it would be compiled anew each time. Where
-`torch.compile` traces a routed model (see `fused`) without gradients, the hook of an attention module gives it
-`PASS_THROUGH` for its cache and leaves with the module what the cache is to be told; our attention function takes that
+`torch.compile` traces a routed model (see `fused`) without gradients, the hook of an attention module gives it a
+`PassThrough` for its cache and leaves with the module what the cache is to be told; our attention function takes that
 and calls the operator, which does in eager mode what an eager model does.
 """
 
@@ -35,16 +35,19 @@ _running = _Running()
 
 
 class PassThrough:
-    """Stands for a cache whose new states the operator will take."""
+    """Stands for a cache whose new states the operator will take; for all but `update` it is that cache."""
+
+    def __init__(self, cache: SteppedCache) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the new states `[B, H, T, D]`."""
         return key_states, value_states
-
-
-PASS_THROUGH = PassThrough()
 
 
 def begin(cache: SteppedCache, modules: Mapping[int, nn.Module]) -> None:
