@@ -41,6 +41,7 @@ from transformers_gsrq.evaluation.baselines import (
     coupled_config,
     fit_strided,
 )
+from transformers_gsrq.evaluation.plots import Figure, plot_increases, save_figures
 from transformers_gsrq.evaluation.records import circumstances, git_commit
 from transformers_gsrq.evaluation.retrieval import make_prompts, measure_retrieval, read_prompts
 from transformers_gsrq.evaluation.split import choose_split
@@ -54,6 +55,14 @@ TRAINED_RATES = (1.0, 0.5)
 TASKS = ("needle", "needle_of_four")
 PARTS = ("recipe", "improved", "clusterings", "baselines")
 RECIPE = "GSKM + log"
+DRAWN = {
+    "CQ": "CQ",
+    "VQLLM-like": "VQLLM-like",
+    "kmeans": "k-means",
+    RECIPE: "GSKM, log weights (the paper's recipe)",
+    "distilled": "+ split, refined, distilled",
+    "distilled + beam 4": "+ beam 4",
+}
 
 
 class Study:
@@ -79,7 +88,7 @@ class Study:
         self.results: dict[str, Any] = {
             **circumstances(self.model),
             "commit": args.commit,
-            "settings": {key: value for key, value in vars(args).items() if key not in ("output", "commit")},
+            "settings": {key: value for key, value in vars(args).items() if key not in ("output", "images", "commit")},
             "data": {name: windows_digest(windows) for name, windows in self.domains.items()},
             "subspace_dim": width,
             "rows": {},
@@ -312,6 +321,20 @@ def print_table(results: dict[str, Any]) -> None:
         )
 
 
+def draw(results: dict[str, Any]) -> dict[str, Figure]:
+    """Mean increase of perplexity over the domains against bits, one line for each method."""
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for method, label in DRAWN.items():
+        rows = [row for name, row in results["rows"].items() if name.rpartition(" @")[0] == method]
+        for row in rows:
+            found = [row["agreement"][domain]["perplexity"] for domain in results["data"]]
+            mean = sum(one["increase"] for one in found) / len(found)
+            error = math.hypot(*(one["increase_error"] for one in found)) / len(found)
+            series.setdefault(label, []).append((row["rate"], mean, error))
+    name = Path(results["model"].split(",")[0]).name
+    return {f"fidelity-{name.lower()}": plot_increases(series, f"{name}, mean of {', '.join(results['data'])}")}
+
+
 def join(paths: Iterable[str]) -> dict[str, Any]:
     """One result of several parts of a study; what two of them have is that of the first, but for longer retrieval."""
     joined: dict[str, Any] = {"parts": []}
@@ -347,6 +370,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--domain", action="append", default=[], help="NAME=FILE")
     parser.add_argument("--haystack")
     parser.add_argument("--output", default="fidelity.json")
+    parser.add_argument("--images", help="folder for a picture of the results")
     parser.add_argument("--commit", default=git_commit(), help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no stage after this")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
@@ -382,6 +406,8 @@ def main() -> None:
     else:
         results = run_study(Study(args))
     print_table(results)
+    if args.images:
+        save_figures(draw(results), args.images)
 
 
 def run_study(study: Study) -> dict[str, Any]:

@@ -152,6 +152,24 @@ def test_table_of_the_ablation_is_what_was_recorded() -> None:
     assert {fit["commit"][:7] for fit in fits.values()} == set(re.search("commits (\\w+) and (\\w+)", page).groups())
 
 
+@pytest.mark.parametrize("name", ["fidelity-qwen2.5-coder-1.5b-h200", "fidelity-smollm2-h200"])
+def test_tables_of_fidelity_are_what_was_recorded(name: str) -> None:
+    record = json.loads((ROOT / "docs" / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8").replace("**", "")
+    plain = [f"{record['plain'][domain]['value']:.2f}" for domain in ("prose", "code", "unseen")]
+    assert f"{plain[0]}, {plain[1]} and {plain[2]}" in page
+    for row in record["rows"].values():
+        cells = []
+        for domain in ("prose", "code", "unseen") if row["agreement"] else ():
+            found = row["agreement"][domain]["perplexity"]
+            increase, digits = found["increase"], 1 if found["increase"] < 1 else 0
+            error = f"{found['increase_error']:.{digits}%}"
+            cells.append(f"{increase:+.{digits}%} ± {error}" if increase < 20 else f"× {1 + increase:,.0f}")
+        assert " | ".join(cells) in page
+        for scores in row["retrieval"].values():
+            assert row["rate"] == 16 or f"| {sum(hit for _, hit in scores['hits'])}/{scores['prompts']} |" in page
+
+
 def test_there_is_something_to_test() -> None:
     assert len(command_lines()) > 5
     assert sum(len(blocks(page, "python")) for page in PAGES) > 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-from transformers_gsrq.evaluation.plots import plot_ratios, plot_retrieval
+from transformers_gsrq.evaluation.plots import plot_increases, plot_ratios, plot_retrieval
 from transformers_gsrq.evaluation.retrieval import Retrieval
 
 
@@ -55,3 +55,15 @@ def test_ratios_stand_over_their_variants() -> None:
     # The bars reach one standard error up and down.
     assert ours[2][0].get_segments()[1][:, 1].tolist() == pytest.approx([0.8, 1.0])
     assert axes.get_ylabel() == "perplexity / perplexity of a"
+
+
+def test_increases_stand_over_their_bits() -> None:
+    axes = plot_increases(
+        {"ours": [(1.0, 0.1, 0.01), (0.5, 0.4, 0.02)], "theirs": [(2.0, 0.05, 0.0)]}, "a model"
+    ).axes[0]
+    ours, theirs = (container.lines for container in axes.containers)
+    assert list(ours[0].get_xdata()) == [0.5, 1.0]
+    assert list(ours[0].get_ydata()) == [0.4, 0.1]
+    assert ours[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([0.38, 0.42])
+    assert list(theirs[0].get_xdata()) == [2.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "1", "2"]

@@ -40,3 +40,26 @@ def test_the_search_ends_at_what_fits(room: int, monkeypatch: pytest.MonkeyPatch
     models = importlib.import_module("models")
     found = models.largest(lambda count: count <= room, 10**8)
     assert 0.98 * min(room, 10**8) <= found <= min(room, 10**8)
+
+
+def join(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "fidelity.py"), "--join", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_joined_study_is_printed_drawn_and_joined_again(tmp_path: Path) -> None:
+    record = ROOT / "docs" / "records" / "fidelity-smollm2-h200.json"
+    done = join(record, "--output", tmp_path / "joined.json", "--images", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "joined.json").read_text()) == json.loads(record.read_text())
+    line = next(line for line in done.stdout.splitlines() if line.startswith("distilled + beam 4 @1 "))
+    assert line.split()[4:7] == ["1", "+14.3%", "±"]
+    assert (tmp_path / "fidelity-smollm2-135m-instruct.png").stat().st_size > 10_000
+
+
+def test_studies_of_other_texts_are_not_joined(tmp_path: Path) -> None:
+    records = [ROOT / "docs" / "records" / f"fidelity-{name}-h200.json" for name in ("smollm2", "qwen2.5-coder-1.5b")]
+    done = join(*records, "--output", tmp_path / "joined.json")
+    assert done.returncode == 1
+    assert "measured other texts than the parts before it" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, PercentFormatter
 from transformers import PreTrainedModel
 
 from ..calibration import capture
@@ -57,15 +58,52 @@ def plot_perplexity(results: Mapping[str, Sequence[tuple[float, Perplexity]]], p
             label=name,
         )
     axes.axhline(plain.value, color="0.35", linestyle=":", label=f"plain cache, {plain.value:.2f}")
-    bits = sorted({bits for points in results.values() for bits, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(bits, [f"{b:g}" for b in bits])
-    axes.minorticks_off()
-    axes.set_xlabel("bits per key/value element")
+    _bits_axis(axes, {bits for points in results.values() for bits, _ in points})
     axes.set_ylabel("perplexity")
     axes.set_title(f"Perplexity on {text}, every token through the codes", fontsize=10)
     axes.legend(frameon=False)
     return figure
+
+
+def plot_increases(series: Mapping[str, Sequence[tuple[float, float, float]]], title: str) -> Figure:
+    """Increase of perplexity over the plain cache against bits per element, both logarithmic.
+
+    Args:
+        series: For each method, its points: bits, the increase as a fraction and its standard error.
+        title: What was read by which model.
+    """
+    figure = _figure(6.4, 4.6)
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(series.items()):
+        bits, increases, errors = zip(*sorted(points), strict=True)
+        axes.errorbar(
+            bits,
+            increases,
+            yerr=errors,
+            color=COLORS[index % len(COLORS)],
+            linestyle=LINES[index % len(LINES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+    _bits_axis(axes, {point[0] for points in series.values() for point in points})
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(axis="y", color="0.9")
+    axes.set_ylabel("increase of perplexity")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _bits_axis(axes: Axes, bits: Iterable[float]) -> None:
+    places = sorted(bits)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+    axes.set_xlabel("bits per key/value element")
 
 
 def plot_memory(
