@@ -53,7 +53,7 @@ def test_a_joined_study_is_printed_drawn_and_joined_again(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "joined.json").read_text()) == json.loads(record.read_text())
     line = next(line for line in done.stdout.splitlines() if line.startswith("distilled + beam 4 @1 "))
-    assert line.split()[4:7] == ["1", "+14.3%", "±"]
+    assert line.split()[4:7] == ["@1", "1", "+14.3%"]
     assert (tmp_path / "fidelity-smollm2-135m-instruct.png").stat().st_size > 10_000
 
 
