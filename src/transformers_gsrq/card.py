@@ -153,12 +153,30 @@ def _making(name: str, rate: Rate) -> str:
         "weights": calibration.get("weighting"),
         "iterations": calibration.get("iterations"),
         "seed": calibration.get("seed"),
+        **trained_together(made),
         "computed in": made.get("dtype") and f"{made['dtype']} on {made.get('device')}",
         "versions": ", ".join(f"{key} {value}" for key, value in made.get("versions", {}).items()),
     }
     rows = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
     title = f"### {name}\n\n" if name else ""
     return title + "\n".join(["| | |", "|---|---|", *rows])
+
+
+def trained_together(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What was done to codebooks after calibration, a line for each step."""
+    steps = {}
+    if "refinement" in provenance:
+        made = provenance["refinement"]
+        steps["refined"] = f"up to {made['rounds']} rounds, beam {made['beam_width']}"
+    if "distillation" in provenance:
+        made = provenance["distillation"]
+        course = {point["step"]: point["kl"] for point in made["course"]}
+        steps["distilled"] = (
+            f"{made['best_step']} steps of {made['batch_size'] * made['processes']} windows of "
+            f"{made['window_length']:,} tokens (SHA-256 {made['data_digest'][:12]}); divergence from the plain model "
+            f"on held-out text {course[0]:.4f} before, {course[made['best_step']]:.4f} nats after"
+        )
+    return steps
 
 
 def _limits(rate: Rate) -> str:

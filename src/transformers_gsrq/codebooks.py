@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,7 +24,13 @@ from .card import Rate, model_card
 from .config import FORMAT_VERSION, KINDS, GSRQConfig, Kind
 from .hub import CONFIG_NAME, TENSORS_NAME
 
+logger = logging.getLogger(__name__)
+
 STORED_DTYPE = torch.float16
+# Entries of the provenance that say what happened after calibration, to all stages together.
+JOINT_STEPS = ("refinement", "distillation")
+# Entries that were measured on these very centroids.
+MEASURED = ("report", "evaluations")
 
 
 class GSRQCodebooks:
@@ -91,7 +98,9 @@ class GSRQCodebooks:
     def with_stages(self, key_stages: int, value_stages: int) -> GSRQCodebooks:
         """Codebooks of a lower rate: the first stages of these.
 
-        Stages are learned one after another, so these are the codebooks that calibrating at the lower rate gives.
+        Calibration learns stages one after another, so these are the codebooks that calibrating at the lower rate
+        gives. `finetune` and `refine` train all stages together: cut after that, they are worse than need be, and a
+        warning says so.
 
         Args:
             key_stages: Stages R of keys in every layer, at most what these have.
@@ -107,6 +116,15 @@ class GSRQCodebooks:
                     f"{kind}_stages must be 1 to {min(self.config.stages(kind))}, the stages that every layer of "
                     f"these codebooks has, got {stages}."
                 )
+        joint = [step for step in JOINT_STEPS if step in self.provenance]
+        if joint and (key_stages, value_stages) != (max(self.config.key_stages), max(self.config.value_stages)):
+            logger.warning(
+                "The stages of these codebooks were trained together (%s), so the first ones alone are worse than "
+                "need be. Lower the rate first, with_stages(%d, %d), and train then.",
+                ", ".join(joint),
+                key_stages,
+                value_stages,
+            )
         num_layers = len(self.config.layers)
         config = dataclasses.replace(
             self.config, key_stages=(key_stages,) * num_layers, value_stages=(value_stages,) * num_layers
@@ -119,6 +137,11 @@ class GSRQCodebooks:
             # What was measured with all stages says nothing about fewer.
             {name: value for name, value in self.provenance.items() if name != "evaluations"},
         )
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The provenance without what was measured on these centroids: what codebooks made from these may take over."""
+        return {name: value for name, value in self.provenance.items() if name not in MEASURED}
 
     @property
     def digest(self) -> str:

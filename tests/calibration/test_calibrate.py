@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from pathlib import Path
@@ -145,6 +146,14 @@ def test_an_interrupted_fit_goes_on(
     monkeypatch.setattr(fit_module, "_fit_one", _fit_one)
     other = fit(*small, iterations=2, progress=False, checkpoint=tmp_path)
     assert other.digest == fit(*small, iterations=2, progress=False).digest != whole.digest
+    # Nor must another model that read the same text.
+    assert small[0].model_fingerprint
+    sibling = dataclasses.replace(small[0], model_fingerprint="another")
+    monkeypatch.setattr(fit_module, "_fit_one", fit_three)
+    fitted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        fit(sibling, small[1], iterations=2, progress=False, checkpoint=tmp_path)
+    assert len(fitted) == 3
 
 
 def test_calibrate_records_where_the_codebooks_come_from(smollm2: SmolLM2, texts: Texts) -> None:

@@ -14,6 +14,8 @@ from transformers_gsrq import GSRQCodebooks
 from transformers_gsrq.calibration import finetune as module
 from transformers_gsrq.calibration.finetune import finetune
 from transformers_gsrq.calibration.recall import recall_window
+from transformers_gsrq.card import Rate, model_card
+from transformers_gsrq.cli.inspect import describe
 from transformers_gsrq.text import token_windows
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -40,6 +42,45 @@ def test_divergence_falls_on_held_out_and_unseen_text(made: GSRQCodebooks, small
     for layer in made.config.layers:
         norms = made.shapes(layer, "value").float().norm(dim=-1)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=0)
+
+
+def test_what_was_measured_before_is_not_said_of_the_result(small: GSRQCodebooks, made: GSRQCodebooks) -> None:
+    assert "report" in small.provenance
+    assert set(made.provenance) == set(small.provenance) - {"report"} | {"distillation"}
+    record = made.provenance["distillation"]
+    card = model_card("someone/codebooks", {"": Rate(made.config, made.provenance, made.digest)})
+    assert f"| distilled | {record['best_step']} steps of 1 windows of 48 tokens (SHA-256 " in card
+    assert f"{record['course'][0]['kl']:.4f} before" in card
+    assert "distilled" in describe(made)[1] and "distilled" not in describe(small)[1]
+
+
+def test_fewer_stages_of_what_was_trained_together_are_warned_of(
+    made: GSRQCodebooks, small: GSRQCodebooks, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.with_stages(1, 1)
+    made.with_stages(2, 2)
+    assert not caplog.records
+    made.with_stages(1, 1)
+    assert "trained together (distillation)" in caplog.text and "with_stages(1, 1), and train then" in caplog.text
+
+
+def test_a_checkpoint_belongs_to_its_model(
+    smollm2: Loaded, texts: tuple[list[str], list[str]], small: GSRQCodebooks, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    options = {**QUICK, "steps": 1, "recall_share": 0.0, "checkpoint": tmp_path}
+    finetune(*smollm2, texts[0][:2], small, **options)
+    weight = smollm2[0].model.layers[0].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.01)
+    try:
+        other = finetune(*smollm2, texts[0][:2], small, **options)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert "belongs to a distillation with other arguments" in caplog.text
+    assert other.provenance["distillation"]["steps_run"] == 1
 
 
 def test_the_model_is_as_before(smollm2: Loaded, made: GSRQCodebooks) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from transformers_gsrq.calibration.refine import refit_stages
+from transformers_gsrq import GSRQCodebooks
+from transformers_gsrq.calibration import Samples
+from transformers_gsrq.calibration.refine import refine, refit_stages
 from transformers_gsrq.ops.reference import encode_vectors
 
 
@@ -27,3 +29,12 @@ def test_a_round_lowers_the_weighted_error_of_its_codes() -> None:
     moved = made.clone()
     moved[:, -1] += 0.01 * torch.randn_like(moved[:, -1])
     assert _error(vectors, weights, moved, codes) > _error(vectors, weights, made, codes)
+
+
+def test_refined_codebooks_fit_better_and_say_so(smollm2_samples: Samples, tiny_codebooks: GSRQCodebooks) -> None:
+    made = refine(smollm2_samples, tiny_codebooks.with_stages(2, 2), rounds=1, beam_width=1, progress=False)
+    report = made.provenance["refinement"]["report"]
+    assert sum(entry["after"] < entry["before"] for entry in report) > len(report) / 2
+    assert all(entry["after"] <= entry["before"] for entry in report)
+    # The calibration's figures are those of other centroids.
+    assert "report" in tiny_codebooks.provenance and "report" not in made.provenance

@@ -15,6 +15,7 @@ from ..attention import Step, SteppedCache, attach
 from ..compat import native_layers
 from ..config import KINDS, GSRQConfig, Kind
 from ..ops.reference import unrotate
+from ..persistence import fingerprint
 from ..rope import Rotary, read_rotary
 from ..text import windows_digest
 
@@ -29,12 +30,14 @@ class Samples:
         gradients: The same for the gradients of the language-model loss; empty if they were not asked for.
         data_digest: Names the token windows.
         num_tokens: Tokens that the model read.
+        model_fingerprint: Names the model's weights.
     """
 
     states: dict[tuple[int, Kind], torch.Tensor]
     gradients: dict[tuple[int, Kind], torch.Tensor]
     data_digest: str
     num_tokens: int
+    model_fingerprint: str = ""
 
     @property
     def num_vectors(self) -> int:
@@ -134,6 +137,7 @@ def capture(
         gradients={key: torch.cat(parts)[:max_vectors] for key, parts in slopes.items()} if gradients else {},
         data_digest=windows_digest(windows),
         num_tokens=windows.numel(),
+        model_fingerprint=fingerprint(model, config.layers),
     )
 
 

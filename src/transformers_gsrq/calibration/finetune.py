@@ -31,6 +31,7 @@ from ..codebooks import GSRQCodebooks
 from ..config import KINDS, Kind
 from ..ops import encode_vectors
 from ..ops.reference import decode_vectors, split_subspaces
+from ..persistence import fingerprint
 from ..rope import read_rotary
 from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
 from ..text import token_windows
@@ -228,9 +229,7 @@ class _Trainer:
             "from_digest": self.codebooks.digest,
         }
         self._report(least)
-        return GSRQCodebooks(
-            self.codebooks.config, gains, shapes, {**self.codebooks.provenance, "distillation": record}
-        )
+        return GSRQCodebooks(self.codebooks.config, gains, shapes, {**self.codebooks.origin, "distillation": record})
 
     def _report(self, least: dict[str, float]) -> None:
         first = self.course[0]
@@ -333,7 +332,8 @@ class _Trainer:
     # State on disk
 
     def _identity(self) -> str:
-        return json.dumps([asdict(self.options), self.data.digest, self.codebooks.digest])
+        model = fingerprint(self.model, self.codebooks.config.layers)
+        return json.dumps([asdict(self.options), self.data.digest, self.codebooks.digest, model])
 
     def _save(self) -> None:
         if self.folder is None or not self.state.is_main_process:

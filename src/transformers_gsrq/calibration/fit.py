@@ -229,7 +229,7 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, samples: Samples, config: GSRQConfig, options: dict[str, Any]) -> None:
         self.folder = folder
-        identity = [config.to_dict(), options, samples.data_digest, samples.num_vectors]
+        identity = [config.to_dict(), options, samples.data_digest, samples.num_vectors, samples.model_fingerprint]
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
 

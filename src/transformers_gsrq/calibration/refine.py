@@ -70,7 +70,7 @@ def refine(
         shapes[layer, kind] = best / gain.clamp(min=1e-12)[..., None]
         reports.append({"layer": layer, "kind": kind, "before": before, "after": least})
     made = {"rounds": rounds, "beam_width": beam_width, "weighting": weighting, "report": reports}
-    return GSRQCodebooks(codebooks.config, gains, shapes, {**codebooks.provenance, "refinement": made})
+    return GSRQCodebooks(codebooks.config, gains, shapes, {**codebooks.origin, "refinement": made})
 
 
 def refit_stages(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..card import trained_together
 from ..codebooks import GSRQCodebooks
 from ..config import KINDS
 from .common import CodebooksArgument, Report, TokenOption, table
@@ -56,6 +57,7 @@ def describe(codebooks: GSRQCodebooks) -> tuple[dict[str, Any], str]:
         f"{calibration.get('weighting')}, seed {calibration.get('seed')}"
         if calibration
         else "not recorded",
+        **trained_together(made),
         "versions": ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()),
     }
     for record in made.get("evaluations", ()):
