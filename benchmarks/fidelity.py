@@ -225,7 +225,7 @@ class Study:
         start = self.codebooks["split", rate]
         refined = refine(self.samples, start, rounds=self.args.rounds, progress=False)
         self.codebooks["refined", rate] = refined
-        report = refined.provenance["refinement"]["report"]
+        report = refined.provenance["training"][-1]["measured"]["report"]
         for kind in ("key", "value"):
             mine = [entry for entry in report if entry["kind"] == kind]
             before, after = (sum(entry[k] for entry in mine) / len(mine) for k in ("before", "after"))
@@ -241,7 +241,8 @@ class Study:
             evaluate_every=max(1, self.args.steps // 8), progress=False,
         )  # fmt: skip
         self.codebooks[name, rate] = made
-        record = made.provenance["distillation"]
+        record = made.provenance["training"][-1]
+        record = {**record, **record.pop("measured")}
         self.results.setdefault("distillation", {})[f"{name} @{rate:g}"] = record
         print(f"{name} @{rate:g}, rate {learning_rate}: {record['seconds']} s, {record['course']}", flush=True)
 
@@ -354,9 +355,9 @@ def join(paths: Iterable[str]) -> dict[str, Any]:
 
 
 def add_scores(row: dict[str, Any], scores: dict[str, Any]) -> None:
-    """Give a row retrieval scores by task, unless it has some of more prompts."""
+    """Give a row retrieval scores by task, unless it has some of as many prompts."""
     for task, score in scores.items():
-        if score["prompts"] >= row["retrieval"].get(task, {"prompts": 0})["prompts"]:
+        if score["prompts"] > row["retrieval"].get(task, {"prompts": 0})["prompts"]:
             row["retrieval"][task] = score
 
 

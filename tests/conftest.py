@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig
@@ -19,6 +20,7 @@ from transformers_gsrq.text import token_windows
 
 # The conversion from GGUF is done once for the demo and the tests.
 MODEL_FOLDER = Path(__file__).parents[1] / DEFAULT_FOLDER
+NUM_LAYERS = 3
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,17 @@ def seed() -> None:
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32, so that equal texts mean equal arithmetic, and its tokenizer."""
     return load_embedded_model(MODEL_FOLDER, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def first_layers(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The first layers of SmolLM2: quick, its texts make no sense, its states are real."""
+    model, tokenizer = load_embedded_model(MODEL_FOLDER, dtype=torch.float32)
+    model.model.layers = nn.ModuleList(model.model.layers[:NUM_LAYERS])
+    model.config.num_hidden_layers = NUM_LAYERS
+    return model, tokenizer
 
 
 @pytest.fixture(scope="session")

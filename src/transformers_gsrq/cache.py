@@ -340,7 +340,7 @@ class GSRQCache(SteppedCache):
         self.settle()
         if self._model() is None:
             raise RuntimeError("The model of this cache was deleted, so the file could not say which one it was.")
-        fingerprint = persistence.fingerprint(self._model(), self.codebooks.config.layers)
+        fingerprint = persistence.fingerprint(self._model())
         persistence.write_cache(path, self.layers, self.table, self.codebooks, self.options, fingerprint)
 
     @classmethod

@@ -117,8 +117,11 @@ def _measurements(rates: Mapping[str, Rate]) -> str:
     rows = ["| folder | text | perplexity | plain cache | increase |", "|---|---|---|---|---|"]
     for name, rate in rates.items():
         for record in rate.provenance.get("evaluations", ()):
-            value = f"{record['perplexity']:.2f} ± {record['standard_error']:.2f}"
-            increase = f"{record['increase']:+.1%} ± {record['increase_error']:.1%}"
+            # A single window has no standard error.
+            value, increase = f"{record['perplexity']:.2f}", f"{record['increase']:+.1%}"
+            if record["standard_error"] is not None:
+                value += f" ± {record['standard_error']:.2f}"
+                increase += f" ± {record['increase_error']:.1%}"
             plain = f"{record['plain_perplexity']:.2f}"
             rows.append(f"| {name or '(root)'} | {record['data']} | {value} | {plain} | {increase} |")
     if len(rows) == 2:
@@ -133,9 +136,9 @@ def _measurements(rates: Mapping[str, Rate]) -> str:
 def _circumstances(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
-        f"{record['windows']} windows of {record['window_length']} tokens (SHA-256 {record['data_digest'][:12]}), "
-        f"{record['residual_length']} latest and {record['sink_length']} first tokens exact, {record['dtype']} on "
-        f"{record['device']}, {versions}."
+        f"{record['model']}, {record['windows']} windows of {record['window_length']} tokens (SHA-256 "
+        f"{record['data_digest'][:12]}), {record['residual_length']} latest and {record['sink_length']} first tokens "
+        f"exact, beam {record['beam_width']}, {record['dtype']} on {record['device']}, {versions}."
     )
 
 
@@ -153,7 +156,7 @@ def _making(name: str, rate: Rate) -> str:
         "weights": calibration.get("weighting"),
         "iterations": calibration.get("iterations"),
         "seed": calibration.get("seed"),
-        **trained_together(made),
+        **training_steps(made),
         "computed in": made.get("dtype") and f"{made['dtype']} on {made.get('device')}",
         "versions": ", ".join(f"{key} {value}" for key, value in made.get("versions", {}).items()),
     }
@@ -162,21 +165,25 @@ def _making(name: str, rate: Rate) -> str:
     return title + "\n".join(["| | |", "|---|---|", *rows])
 
 
-def trained_together(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What was done to codebooks after calibration, a line for each step."""
-    steps = {}
-    if "refinement" in provenance:
-        made = provenance["refinement"]
-        steps["refined"] = f"up to {made['rounds']} rounds, beam {made['beam_width']}"
-    if "distillation" in provenance:
-        made = provenance["distillation"]
-        course = {point["step"]: point["kl"] for point in made["course"]}
-        steps["distilled"] = (
-            f"{made['best_step']} steps of {made['batch_size'] * made['processes']} windows of "
-            f"{made['window_length']:,} tokens (SHA-256 {made['data_digest'][:12]}); divergence from the plain model "
-            f"on held-out text {course[0]:.4f} before, {course[made['best_step']]:.4f} nats after"
-        )
-    return steps
+def training_steps(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What was done to codebooks after calibration, in order, a line for each step."""
+    lines = {}
+    for number, step in enumerate(provenance.get("training", ()), 2):
+        if step["step"] == "refinement":
+            said = f"up to {step['rounds']} rounds, beam {step['beam_width']}"
+        else:
+            said = (
+                f"{step['best_step']} steps of {step['batch_size'] * step['processes']} windows of "
+                f"{step['window_length']:,} tokens of {step['data'] or 'unnamed text'} (SHA-256 "
+                f"{step['data_digest'][:12]}), from {step['base_model']}"
+            )
+            if step["measured"]:
+                course = {point["step"]: point["kl"] for point in step["measured"]["course"]}
+                said += (
+                    f"; divergence on held-out text {course[0]:.4f} nats before, {course[step['best_step']]:.4f} after"
+                )
+        lines[f"step {number}, {step['step']}"] = said
+    return lines
 
 
 def _limits(rate: Rate) -> str:

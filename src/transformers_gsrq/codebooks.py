@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,20 +18,20 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import hub
 from .card import Rate, model_card
 from .config import FORMAT_VERSION, KINDS, GSRQConfig, Kind
+from .files import write_tensors
 from .hub import CONFIG_NAME, TENSORS_NAME
 
 logger = logging.getLogger(__name__)
 
 STORED_DTYPE = torch.float16
-# Entries of the provenance that say what happened after calibration, to all stages together.
-JOINT_STEPS = ("refinement", "distillation")
 # Entries that were measured on these very centroids.
 MEASURED = ("report", "evaluations")
+# What two evaluations share of which the newer one counts.
+SAME = ("model", "data_digest", "dtype", "residual_length", "sink_length", "beam_width")
 
 
 class GSRQCodebooks:
@@ -91,8 +92,10 @@ class GSRQCodebooks:
         """Centroids gain * shape, `[M, R, K, S]` in `dtype` on `device`; made once and shared by every cache."""
         key = (layer, kind, torch.device(device), dtype)
         if key not in self._centroids:
-            gains = self.gains(layer, kind).to(device).float()
-            self._centroids[key] = (gains[..., None] * self.shapes(layer, kind).to(device).float()).to(dtype)
+            # Made under inference_mode they could not be used with gradients later.
+            with torch.inference_mode(False), torch.no_grad():
+                gains = self.gains(layer, kind).to(device).float()
+                self._centroids[key] = (gains[..., None] * self.shapes(layer, kind).to(device).float()).to(dtype)
         return self._centroids[key]
 
     def with_stages(self, key_stages: int, value_stages: int) -> GSRQCodebooks:
@@ -116,12 +119,12 @@ class GSRQCodebooks:
                     f"{kind}_stages must be 1 to {min(self.config.stages(kind))}, the stages that every layer of "
                     f"these codebooks has, got {stages}."
                 )
-        joint = [step for step in JOINT_STEPS if step in self.provenance]
+        joint = self.provenance.get("training", ())
         if joint and (key_stages, value_stages) != (max(self.config.key_stages), max(self.config.value_stages)):
             logger.warning(
                 "The stages of these codebooks were trained together (%s), so the first ones alone are worse than "
                 "need be. Lower the rate first, with_stages(%d, %d), and train then.",
-                ", ".join(joint),
+                ", ".join(step["step"] for step in joint),
                 key_stages,
                 value_stages,
             )
@@ -134,14 +137,46 @@ class GSRQCodebooks:
             config,
             {(layer, kind): self.gains(layer, kind)[:, : wanted[kind]] for layer, kind in jobs},
             {(layer, kind): self.shapes(layer, kind)[:, : wanted[kind]] for layer, kind in jobs},
-            # What was measured with all stages says nothing about fewer.
-            {name: value for name, value in self.provenance.items() if name != "evaluations"},
+            {**self.origin, **self._report_of(wanted)},
         )
+
+    def _report_of(self, wanted: Mapping[Kind, int]) -> dict[str, Any]:
+        """The calibration's report as far as it is about these stages."""
+        if "report" not in self.provenance:
+            return {}
+        return {
+            "report": [{**part, "stages": part["stages"][: wanted[part["kind"]]]} for part in self.provenance["report"]]
+        }
 
     @property
     def origin(self) -> dict[str, Any]:
         """The provenance without what was measured on these centroids: what codebooks made from these may take over."""
-        return {name: value for name, value in self.provenance.items() if name not in MEASURED}
+        kept = {name: value for name, value in self.provenance.items() if name not in MEASURED}
+        if "training" in kept:
+            kept["training"] = [{**step, "measured": None} for step in kept["training"]]
+        return kept
+
+    def trained(
+        self,
+        step: str,
+        gains: Mapping[tuple[int, Kind], torch.Tensor],
+        shapes: Mapping[tuple[int, Kind], torch.Tensor],
+        record: Mapping[str, Any],
+        measured: Mapping[str, Any],
+        **provenance: Any,
+    ) -> GSRQCodebooks:
+        """Codebooks that training made of these: the same geometry, and one more step in their provenance.
+
+        Args:
+            step: Its name.
+            gains: As in the constructor.
+            shapes: As in the constructor.
+            record: How it was done. JSON types.
+            measured: What it measured on the result; not passed on to codebooks made from that.
+            **provenance: Entries that are different now.
+        """
+        steps = [*self.origin.get("training", ()), {"step": step, **record, "measured": dict(measured)}]
+        return GSRQCodebooks(self.config, gains, shapes, {**self.origin, **provenance, "training": steps})
 
     @property
     def digest(self) -> str:
@@ -177,12 +212,7 @@ class GSRQCodebooks:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        try:
-            save_file(self._tensors, folder / TENSORS_NAME)
-        except SafetensorError as error:
-            raise OSError(
-                f"The codebooks cannot be written ({error}). Free some space, or save to another folder."
-            ) from error
+        write_tensors(folder / TENSORS_NAME, self._tensors)
         document = {
             "library_name": "transformers-gsrq",
             "format_version": FORMAT_VERSION,
@@ -190,9 +220,7 @@ class GSRQCodebooks:
             "digest": self.digest,
             "provenance": self.provenance,
         }
-        (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(folder / CONFIG_NAME, folder / TENSORS_NAME)
+        (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -310,11 +338,23 @@ class GSRQCodebooks:
         """The same codebooks with one more measurement in their provenance, for the model card.
 
         Args:
-            record: JSON types, as `PerplexityRecord.to_dict` makes them. One of the same data is replaced.
+            record: JSON types, as `evaluation.records.perplexity_record` makes them. One of the same model, text and
+                settings is replaced.
+
+        Raises:
+            ValueError: if the perplexity is not a finite number.
         """
-        kept = [old for old in self.provenance.get("evaluations", ()) if old.get("data") != record.get("data")]
+        if not math.isfinite(record["perplexity"]):
+            raise ValueError(
+                f"The perplexity is {record['perplexity']}, so it is not kept. Check the model and its dtype."
+            )
+        # A standard error of a single window is NaN, which JSON does not know.
+        new = {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.items()}
+        kept = [
+            old for old in self.provenance.get("evaluations", ()) if any(old.get(key) != new.get(key) for key in SAME)
+        ]
         other = copy.copy(self)
-        other.provenance = {**self.provenance, "evaluations": [*kept, dict(record)]}
+        other.provenance = {**self.provenance, "evaluations": [*kept, new]}
         return other
 
     @classmethod

@@ -154,8 +154,11 @@ def _first_texts(rows: Any, name: str, column: str) -> Iterator[str]:
     for row in rows:
         if column not in row:
             raise ValueError(f"{name} has no column {column!r}. Its columns: {', '.join(row)}.")
-        if row[column].strip():
-            yield row[column]
-            left -= len(row[column])
+        text = row[column] or ""
+        if not isinstance(text, str):
+            raise ValueError(f"Column {column!r} of {name} holds {type(text).__name__}, not text.")
+        if text.strip():
+            yield text
+            left -= len(text)
         if left <= 0:
             return

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .codebooks import GSRQCodebooks
+from .files import write_tensors
 from .layer import CacheOptions, GSRQLayer
 from .rope import attention_modules
 from .tokens import TokenTable
@@ -26,7 +24,7 @@ from .tokens import TokenTable
 FORMAT = "gsrq-cache"
 FORMAT_VERSION = 1
 # Enough numbers to tell two models apart, few enough to read at once.
-FINGERPRINT_SAMPLES = 256
+FINGERPRINT_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,7 @@ def write_cache(
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, staging, metadata={"gsrq": json.dumps(metadata)})
-        os.replace(staging, path)
-    finally:
-        Path(staging).unlink(missing_ok=True)
+    write_tensors(path, tensors, {"gsrq": json.dumps(metadata)})
 
 
 def read_header(path: str | Path) -> CacheFile:
@@ -139,7 +130,7 @@ def check_origin(file: CacheFile, codebooks: GSRQCodebooks, model: PreTrainedMod
             f"{file.path} was coded with other codebooks (digest {file.codebooks_digest[:12]}, these are "
             f"{codebooks.digest[:12]}). Load it with the codebooks that made it."
         )
-    if file.model_fingerprint != fingerprint(model, codebooks.config.layers):
+    if file.model_fingerprint != fingerprint(model):
         raise ValueError(
             f"{file.path} holds the states of another model: the weights, their dtype or their quantization differ "
             f"from {model.config.name_or_path or type(model).__name__!r}. Load it with the model that made it."
@@ -205,18 +196,18 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def fingerprint(model: PreTrainedModel, layers: Sequence[int]) -> str:
-    """Name a model by samples of the attention weights of its first and last compressed layer, in hexadecimal.
+def fingerprint(model: PreTrainedModel) -> str:
+    """Name a model by samples of every parameter of its decoder, in hexadecimal.
 
     Weights that accelerate offloads are not read; then only their names, shapes and dtypes count.
     """
-    modules = attention_modules(model)
     digest = hashlib.sha256()
-    for index in sorted({layers[0], layers[-1]}):
-        for name, weight in sorted(modules[index].named_parameters()):
-            digest.update(f"{index} {name} {tuple(weight.shape)} {weight.dtype}".encode())
-            if weight.device.type != "meta":
-                flat = weight.detach().flatten()
-                rows = torch.linspace(0, flat.numel() - 1, FINGERPRINT_SAMPLES).long()
-                digest.update(flat[rows.to(flat.device)].cpu().float().numpy().data)
+    for name, weight in sorted(model.get_decoder().named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta" and weight.numel():
+            flat = weight.detach().flatten()
+            # In integers: a float32 cannot count the weights of a large matrix.
+            step = torch.arange(FINGERPRINT_SAMPLES, device=flat.device)
+            rows = step * (flat.numel() - 1) // (FINGERPRINT_SAMPLES - 1)
+            digest.update(flat[rows].cpu().float().numpy().data)
     return digest.hexdigest()

@@ -119,6 +119,10 @@ def test_log_weights_are_equation_ten() -> None:
     torch.testing.assert_close(gradient_weights(norms, "log"), torch.log(1 + norms / 2.0))
     torch.testing.assert_close(gradient_weights(norms, "log", temperature=3.0), torch.log(1 + 3 * norms / 2.0))
     assert gradient_weights(norms, "none") is None
+    # Vectors without a gradient count for nothing, and do not decide what the median is.
+    behind_a_mask = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 5.0]])
+    torch.testing.assert_close(gradient_weights(behind_a_mask, "log")[:, 4:], gradient_weights(norms, "log"))
+    assert torch.equal(gradient_weights(torch.zeros(1, 3), "log"), torch.ones(1, 3))
     with pytest.raises(ValueError, match="'log', 'raw', 'none'"):
         gradient_weights(norms, "sqrt")
 
@@ -147,8 +151,8 @@ def test_an_interrupted_fit_goes_on(
     other = fit(*small, iterations=2, progress=False, checkpoint=tmp_path)
     assert other.digest == fit(*small, iterations=2, progress=False).digest != whole.digest
     # Nor must another model that read the same text.
-    assert small[0].model_fingerprint
-    sibling = dataclasses.replace(small[0], model_fingerprint="another")
+    assert small[0].origin
+    sibling = dataclasses.replace(small[0], origin="another")
     monkeypatch.setattr(fit_module, "_fit_one", fit_three)
     fitted.clear()
     with pytest.raises(KeyboardInterrupt):

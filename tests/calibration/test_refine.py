@@ -33,7 +33,7 @@ def test_a_round_lowers_the_weighted_error_of_its_codes() -> None:
 
 def test_refined_codebooks_fit_better_and_say_so(smollm2_samples: Samples, tiny_codebooks: GSRQCodebooks) -> None:
     made = refine(smollm2_samples, tiny_codebooks.with_stages(2, 2), rounds=1, beam_width=1, progress=False)
-    report = made.provenance["refinement"]["report"]
+    report = made.provenance["training"][-1]["measured"]["report"]
     assert sum(entry["after"] < entry["before"] for entry in report) > len(report) / 2
     assert all(entry["after"] <= entry["before"] for entry in report)
     # The calibration's figures are those of other centroids.

@@ -6,27 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cli_runner import CALIBRATION, run_json
-from transformers_gsrq.demo import load_embedded_model
-
-NUM_LAYERS = 3
 
 
 @pytest.fixture(scope="session")
 def short_model(
-    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
+    first_layers: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Folder of a model with real weights that is quick: its texts make no sense, its states are real."""
+    """The first layers of SmolLM2 in a folder."""
     folder = tmp_path_factory.mktemp("models") / "smollm2-first-layers"
-    demo_folder = Path(smollm2[0].config.name_or_path).parent
-    model, tokenizer = load_embedded_model(demo_folder, dtype=smollm2[0].dtype)
-    model.model.layers = nn.ModuleList(model.model.layers[:NUM_LAYERS])
-    model.config.num_hidden_layers = NUM_LAYERS
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for part in first_layers:
+        part.save_pretrained(folder)
     return folder
 
 

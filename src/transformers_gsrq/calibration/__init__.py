@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codebooks import GSRQCodebooks
-from ..compat import device_name, library_versions
 from ..config import GSRQConfig
 from ..text import token_windows
 from .capture import Samples, capture
 from .fit import fit
 from .gskm import Clustering, cluster
+from .report import model_record
 
 __all__ = ["Clustering", "Samples", "calibrate", "capture", "cluster", "fit"]
 
@@ -75,11 +75,7 @@ def calibrate(
         progress=progress,
     )
     provenance: dict[str, Any] = {
-        "base_model": model.config.name_or_path,
-        "base_model_revision": getattr(model.config, "_commit_hash", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "versions": library_versions(),
+        **model_record(model),
         "data": {"name": data_name, "windows": len(windows), "window_length": window_length},
         "capture_seconds": round(time.perf_counter() - began, 1),
     }

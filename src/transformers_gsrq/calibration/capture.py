@@ -30,14 +30,14 @@ class Samples:
         gradients: The same for the gradients of the language-model loss; empty if they were not asked for.
         data_digest: Names the token windows.
         num_tokens: Tokens that the model read.
-        model_fingerprint: Names the model's weights.
+        origin: Names the model's weights and the sample.
     """
 
     states: dict[tuple[int, Kind], torch.Tensor]
     gradients: dict[tuple[int, Kind], torch.Tensor]
     data_digest: str
     num_tokens: int
-    model_fingerprint: str = ""
+    origin: str = ""
 
     @property
     def num_vectors(self) -> int:
@@ -133,12 +133,19 @@ def capture(
     finally:
         model.train(training)
     return Samples(
-        states={key: torch.cat(parts)[:max_vectors] for key, parts in states.items()},
-        gradients={key: torch.cat(parts)[:max_vectors] for key, parts in slopes.items()} if gradients else {},
+        states=_joined(states, max_vectors),
+        gradients=_joined(slopes, max_vectors) if gradients else {},
         data_digest=windows_digest(windows),
         num_tokens=windows.numel(),
-        model_fingerprint=fingerprint(model, config.layers),
+        origin=f"{fingerprint(model)} {seed}",
     )
+
+
+def _joined(
+    parts: dict[tuple[int, Kind], list[torch.Tensor]], max_vectors: int
+) -> dict[tuple[int, Kind], torch.Tensor]:
+    """Each key's parts as one tensor; they are let go one by one, so that not everything is there twice."""
+    return {key: torch.cat(parts.pop(key))[:max_vectors] for key in list(parts)}
 
 
 def _read_window(

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codebooks import GSRQCodebooks
 from ..config import KINDS, Kind
+from ..files import write_tensors
 from ..ops import encode_vectors
 from ..ops.reference import decode_vectors, split_subspaces
 from ..persistence import fingerprint
@@ -36,6 +36,7 @@ from ..rope import read_rotary
 from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
 from ..text import token_windows
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow
+from .report import model_record
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def finetune(
     guard_texts: Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    data_name: str | None = None,
     **options: Any,
 ) -> GSRQCodebooks:
     """Distill the model into its codebooks: nearer to the plain model at the same bits.
@@ -98,13 +100,15 @@ def finetune(
             training made it worse.
         checkpoint: Folder that keeps the state, so that an interrupted run with the same arguments goes on.
         progress: Show a progress bar.
+        data_name: What to call the texts in the provenance.
         **options: Fields of `FinetuneOptions`: `steps` (200), `window_length` (2048), `batch_size` (1),
             `learning_rate` (3e-3, relative to the spread of a stage), `recall_share` (0.25, windows that
             demand exact recall), `evaluate_every` (25) and `patience` (5) of early stopping on held-out windows,
             `beam_width` (1), `gradient_checkpointing` (False, less memory for a third more time), `seed` (0).
 
     Returns:
-        The codebooks with the least divergence on held-out windows; `provenance["distillation"]` has the course.
+        The codebooks with the least divergence on held-out windows; the last of `provenance["training"]` has the
+        course.
 
     Raises:
         ValueError: if the codebooks do not fit the model, an option is out of range, or the text is too short.
@@ -128,7 +132,7 @@ def finetune(
         batch_size=chosen.batch_size,
         seed=chosen.seed,
     )
-    trainer = _Trainer(model, codebooks, data, chosen, None if checkpoint is None else Path(checkpoint))
+    trainer = _Trainer(model, codebooks, data, chosen, None if checkpoint is None else Path(checkpoint), data_name)
     with _frozen(model, chosen.gradient_checkpointing):
         trainer.run(progress)
     return trainer.result()
@@ -144,8 +148,10 @@ class _Trainer:
         data: TrainingData,
         options: FinetuneOptions,
         folder: Path | None,
+        data_name: str | None,
     ) -> None:
         self.model, self.codebooks, self.data, self.options, self.folder = model, codebooks, data, options, folder
+        self.data_name = data_name
         self.state = PartialState(cpu=model.device.type == "cpu")
         self.scales: dict[tuple[int, Kind], torch.Tensor] = {}
         self.parameters: dict[tuple[int, Kind], torch.Tensor] = {}
@@ -217,24 +223,29 @@ class _Trainer:
             # A centroid at the origin has no direction; any will do.
             shapes[key][gain < 1e-12] = F.one_hot(torch.tensor(0), centroids.shape[-1]).to(centroids)
         least = min(self.course, key=lambda point: point["kl"])
+        model = model_record(self.model)
         record = {
             **asdict(self.options),
+            **model,
+            "data": self.data_name,
             "data_digest": self.data.digest,
             "best_step": int(least["step"]),
             "steps_run": self.step,
             "seconds": round(self.seconds, 1),
             "processes": self.state.num_processes,
             "stopped": self.stopped or "all steps done",
-            "course": self.course,
+            "from_model": self.codebooks.provenance.get("base_model"),
             "from_digest": self.codebooks.digest,
         }
         self._report(least)
-        return GSRQCodebooks(self.codebooks.config, gains, shapes, {**self.codebooks.origin, "distillation": record})
+        # They belong to the model that was distilled, whatever sibling they started from.
+        names = {name: model[name] for name in ("base_model", "base_model_revision")}
+        return self.codebooks.trained("distillation", gains, shapes, record, {"course": self.course}, **names)
 
     def _report(self, least: dict[str, float]) -> None:
         first = self.course[0]
         logger.info("Held-out divergence %.4f before, %.4f after %d steps.", first["kl"], least["kl"], least["step"])
-        if "guard_kl" in first and least["guard_kl"] > first["guard_kl"]:
+        if self.data.guard and least["guard_kl"] > first["guard_kl"]:
             logger.warning(
                 "Divergence on the texts that were not trained on rose from %.4f to %.4f: the training texts are too "
                 "narrow. Mix in more kinds of text.",
@@ -332,8 +343,9 @@ class _Trainer:
     # State on disk
 
     def _identity(self) -> str:
-        model = fingerprint(self.model, self.codebooks.config.layers)
-        return json.dumps([asdict(self.options), self.data.digest, self.codebooks.digest, model])
+        guard = [window.input_ids.tolist() for window in self.data.guard]
+        model = fingerprint(self.model)
+        return json.dumps([asdict(self.options), self.data.digest, guard, self.codebooks.digest, model])
 
     def _save(self) -> None:
         if self.folder is None or not self.state.is_main_process:
@@ -350,10 +362,8 @@ class _Trainer:
             "step": self.step, "course": self.course, "seconds": self.seconds, "stopped": self.stopped,
             "slowdown": self.slowdown,
         }  # fmt: skip
-        part = self.folder / "state.part"
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, part, metadata={"identity": self._identity(), "progress": json.dumps(progress)})
-        part.replace(self.folder / "state.safetensors")
+        metadata = {"identity": self._identity(), "progress": json.dumps(progress)}
+        write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
     def _resume(self) -> None:
         path = None if self.folder is None else self.folder / "state.safetensors"

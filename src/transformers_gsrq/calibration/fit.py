@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..codebooks import STORED_DTYPE, GSRQCodebooks
 from ..config import KINDS, GSRQConfig, Kind
+from ..files import write_tensors
 from ..ops import encode_vectors
 from ..ops.reference import look_up, split_subspaces
 from .capture import Samples
@@ -51,8 +51,10 @@ def gradient_weights(norms: torch.Tensor, weighting: str, temperature: float = 1
         return None
     if weighting == "raw":
         return norms
-    median = norms.median(dim=-1, keepdim=True).values
-    return torch.log1p(norms * temperature / (median + torch.finfo(norms.dtype).tiny))
+    # Of those that are not zero: with most of them zero, as behind a mask, the weights of the others would be infinite.
+    median = norms.where(norms > 0, torch.nan).nanmedian(dim=-1, keepdim=True).values.nan_to_num(1.0)
+    weights = torch.log1p(norms * temperature / median)
+    return torch.where((norms > 0).any(-1, keepdim=True), weights, 1.0)
 
 
 def fit(
@@ -229,7 +231,7 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, samples: Samples, config: GSRQConfig, options: dict[str, Any]) -> None:
         self.folder = folder
-        identity = [config.to_dict(), options, samples.data_digest, samples.num_vectors, samples.model_fingerprint]
+        identity = [config.to_dict(), options, samples.num_vectors, samples.data_digest, samples.origin]
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -245,12 +247,10 @@ class _Checkpoint:
             return file.get_tensor("gains"), file.get_tensor("shapes"), json.loads(metadata["report"])
 
     def save(self, layer: int, kind: Kind, fitted: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
-        """Keep a finished codebook; renamed into place, so a file is whole or not there."""
+        """Keep a finished codebook."""
         path = self._path(layer, kind)
-        part = path.with_suffix(".part")
         metadata = {"identity": self.identity, "report": json.dumps(fitted[2])}
-        save_file({"gains": fitted[0], "shapes": fitted[1]}, part, metadata=metadata)
-        part.replace(path)
+        write_tensors(path, {"gains": fitted[0], "shapes": fitted[1]}, metadata)
 
     def _path(self, layer: int, kind: Kind) -> Path:
         return self.folder / f"layer-{layer:03d}-{kind}.safetensors"

@@ -51,11 +51,15 @@ class TrainingData:
 
     Args:
         tokenizer: The model's tokenizer.
-        windows: int64 `[windows, T]`; the first `HELD_OUT_WINDOWS` are held out.
+        windows: int64 `[windows, T]`; the last `HELD_OUT_WINDOWS` are held out, which calibration with the same seed
+            reads last.
         guard: Windows `[T]` of text of another kind.
         recall_share: Share of the training windows that demand recall.
         batch_size: Windows of a step and process.
         seed: Of everything random.
+
+    Raises:
+        ValueError: if the windows are too short to demand recall.
     """
 
     def __init__(
@@ -70,11 +74,18 @@ class TrainingData:
     ) -> None:
         self.tokenizer, self.recall_share, self.batch_size, self.seed = tokenizer, recall_share, batch_size, seed
         self.digest = windows_digest(windows)
-        self.train = windows[HELD_OUT_WINDOWS:]
-        self.held_out = [WeightedWindow.plain(window) for window in windows[:HELD_OUT_WINDOWS]]
+        self.train, held_out = windows[:-HELD_OUT_WINDOWS], windows[-HELD_OUT_WINDOWS:]
+        self.held_out = [WeightedWindow.plain(window) for window in held_out]
         if recall_share > 0:
+            # So that a passage of a quarter of the window fits in twice, and the words between.
+            least = 2 * (len(_encode(tokenizer, COPY_HEAD)) + 1)
+            if windows.shape[1] < least:
+                raise ValueError(
+                    f"Windows of {windows.shape[1]} tokens are too short to demand recall: with this tokenizer "
+                    f"window_length must be at least {least}, or recall_share 0."
+                )
             generator = random.Random(seed)
-            self.held_out += [self._recall(window, generator) for window in windows[:HELD_OUT_WINDOWS]]
+            self.held_out += [self._recall(window, generator) for window in held_out]
         self.guard = [WeightedWindow.plain(window) for window in guard]
 
     def batch(self, step: int, process: int, num_processes: int) -> list[WeightedWindow]:
@@ -129,12 +140,15 @@ def _facts(
     for _ in range(max(2, length // 128)):
         name = f"{generator.choice(SUBJECTS)} {''.join(generator.choices(string.ascii_uppercase, k=2))}"
         pairs[name] = str(generator.randrange(10**4, 10**8))
-    told = [_encode(tokenizer, f" Note: the code of {name} is {value}.") for name, value in pairs.items()]
-    asked = [
-        (_encode(tokenizer, f"\nWhich code belongs to {name}? It is"), _encode(tokenizer, f" {value}"))
+    facts = [
+        (
+            _encode(tokenizer, f" Note: the code of {name} is {value}."),
+            _encode(tokenizer, f"\nWhich code belongs to {name}? It is"),
+            _encode(tokenizer, f" {value}"),
+        )
         for name, value in pairs.items()
     ]
-    return _hide(text, told, asked, length, generator)
+    return _hide(text, facts, length, generator)
 
 
 def _identifiers(
@@ -144,26 +158,27 @@ def _identifiers(
     for _ in range(max(2, length // 128)):
         name = "_".join("".join(generator.choices(string.ascii_lowercase, k=4)) for _ in range(2))
         pairs[name] = f"{generator.randrange(16**8):08x}"
-    told = [_encode(tokenizer, f'\n{name} = "{value}"\n') for name, value in pairs.items()]
-    asked = [
-        (_encode(tokenizer, f"\nassert {name} =="), _encode(tokenizer, f' "{value}"')) for name, value in pairs.items()
+    facts = [
+        (
+            _encode(tokenizer, f'\n{name} = "{value}"\n'),
+            _encode(tokenizer, f"\nassert {name} =="),
+            _encode(tokenizer, f' "{value}"'),
+        )
+        for name, value in pairs.items()
     ]
-    return _hide(text, told, asked, length, generator)
+    return _hide(text, facts, length, generator)
 
 
 def _hide(
-    text: list[int],
-    told: list[list[int]],
-    asked: list[tuple[list[int], list[int]]],
-    length: int,
-    generator: random.Random,
+    text: list[int], facts: list[tuple[list[int], list[int], list[int]]], length: int, generator: random.Random
 ) -> WeightedWindow:
-    generator.shuffle(asked)
-    while asked and len(told) + sum(map(len, told)) + sum(len(q) + len(a) for q, a in asked) > 3 * length // 4:
-        asked.pop()
-        told.pop()
-    quiz = [*(token for question, answer in asked for token in (*question, *answer))]
-    stressed = [flag for question, answer in asked for flag in (*[False] * len(question), *[True] * len(answer))]
+    """Statements at random places in the text, then for each its question and answer, in another order."""
+    while facts and sum(len(part) for fact in facts for part in fact) > 3 * length // 4:
+        facts.pop()
+    told = [statement for statement, _, _ in facts]
+    asked = generator.sample(facts, len(facts))
+    quiz = [token for _, question, answer in asked for token in (*question, *answer)]
+    stressed = [flag for _, question, answer in asked for flag in (*[False] * len(question), *[True] * len(answer))]
     room = length - len(quiz) - sum(map(len, told))
     cuts = sorted(generator.randrange(room + 1) for _ in told)
     ids: list[int] = []

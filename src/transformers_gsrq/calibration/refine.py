@@ -69,8 +69,16 @@ def refine(
         gains[layer, kind] = gain
         shapes[layer, kind] = best / gain.clamp(min=1e-12)[..., None]
         reports.append({"layer": layer, "kind": kind, "before": before, "after": least})
-    made = {"rounds": rounds, "beam_width": beam_width, "weighting": weighting, "report": reports}
-    return GSRQCodebooks(codebooks.config, gains, shapes, {**codebooks.origin, "refinement": made})
+    made = {
+        "rounds": rounds,
+        "beam_width": beam_width,
+        "weighting": weighting,
+        "temperature": temperature,
+        "seed": seed,
+        "data_digest": samples.data_digest,
+        "from_digest": codebooks.digest,
+    }
+    return codebooks.trained("refinement", gains, shapes, made, {"report": reports})
 
 
 def refit_stages(

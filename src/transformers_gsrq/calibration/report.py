@@ -1,4 +1,4 @@
-"""How well codebooks reproduce held-out states, stage by stage."""
+"""What codebooks were made with, and how well they reproduce held-out states, stage by stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from ..compat import device_name, library_versions
+
+
+def model_record(model: PreTrainedModel) -> dict[str, Any]:
+    """The model that codebooks are made for and what it ran on, as JSON types."""
+    return {
+        "base_model": model.config.name_or_path,
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "versions": library_versions(),
+    }
 
 
 @dataclass(frozen=True)

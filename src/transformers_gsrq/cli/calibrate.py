@@ -24,6 +24,7 @@ from .common import (
     SplitOption,
     TextOption,
     named_texts,
+    partial_folder,
 )
 from .inspect import describe
 
@@ -63,7 +64,7 @@ def run(
     config = GSRQConfig.for_model(
         loaded.config, bits, key_bits=key_bits, value_bits=value_bits, subspace_dim=subspace_dim
     )
-    checkpoint = output.with_name(output.name + ".partial")
+    checkpoint = partial_folder(output)
     if base_model:
         loaded.config.name_or_path = base_model
     try:

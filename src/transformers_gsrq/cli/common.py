@@ -130,6 +130,12 @@ def command_line() -> str:
     return re.sub(r"(--token[ =])\S+", r"\1...", shlex.join(["gsrq", *sys.argv[1:]]))
 
 
+def partial_folder(output: Path) -> Path:
+    """Where a command that is interrupted keeps what it has done: beside the folder that it would make."""
+    folder = output if output.name else output.resolve()
+    return folder.with_name(folder.name + ".partial")
+
+
 def named_texts(
     text: list[Path] | None, dataset: str | None, split: str, column: str, config: str | None
 ) -> tuple[list[str], str]:

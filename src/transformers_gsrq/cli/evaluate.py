@@ -105,11 +105,18 @@ def run(
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
     data = token_windows(tokenizer, texts, window_length, windows)
+    if plots is not None and "perplexity" in settings.measures:
+        from ..evaluation.plots import MIN_TOKENS
+
+        if data.numel() < MIN_TOKENS:
+            raise ValueError(f"--plots needs windows of {MIN_TOKENS} tokens in all, these are {data.numel()}.")
     found = evaluate(loaded, tokenizer, texts, data, rates, settings)
     record = run_record(loaded, data, rates, found, settings, data=name, command=command_line())
     if save:
         for source, made in sources.items():
-            saved = perplexity_record(loaded, data, found["perplexity"], source, data=name, **settings.reading)
+            saved = perplexity_record(
+                loaded, data, found["perplexity"], source, data=name, beam_width=beam_width, **settings.reading
+            )
             made.with_evaluation(saved).save_pretrained(source)
     lines = [result_tables(record), f"{len(data)} windows of {window_length} tokens of {name}."]
     if plots is not None:
@@ -147,6 +154,11 @@ def lower_rate(codebooks: GSRQCodebooks, bits: float) -> GSRQCodebooks:
         ValueError: if that is not a whole number of stages for both.
     """
     config = codebooks.config
+    if any(len(set(config.stages(kind))) > 1 for kind in KINDS):
+        raise ValueError(
+            "--bits takes the first stages of codebooks that have as many in every layer; these have "
+            f"{config.key_stages} for keys and {config.value_stages} for values."
+        )
     share = bits / config.bits()
     stages = {kind: min(config.stages(kind)) * share for kind in KINDS}
     if share > 1 or any(count != int(count) or count < 1 for count in stages.values()):

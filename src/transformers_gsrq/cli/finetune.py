@@ -21,6 +21,7 @@ from .common import (
     ModelArgument,
     Report,
     RevisionOption,
+    partial_folder,
 )
 
 
@@ -59,7 +60,7 @@ def run(
     guard_texts = read_texts(guard) if guard else None
     start = GSRQCodebooks.from_pretrained(codebooks)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
-    checkpoint = output.with_name(output.name + ".partial")
+    checkpoint = partial_folder(output)
     try:
         made = finetune(
             loaded,
@@ -75,6 +76,7 @@ def run(
             recall_share=recall_share,
             gradient_checkpointing=gradient_checkpointing,
             seed=seed,
+            data_name=", ".join(path.name for path in text),
         )
         if state.is_main_process:
             made.save_pretrained(output)
@@ -91,7 +93,8 @@ def run(
     if kept.is_file():
         kept.unlink()
         checkpoint.rmdir()
-    record = made.provenance["distillation"]
+    record = dict(made.provenance["training"][-1])
+    record.update(record.pop("measured"))
     course = record["course"]
     best = min(course, key=lambda point: point["kl"])
     lines = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..card import trained_together
+from ..card import training_steps
 from ..codebooks import GSRQCodebooks
 from ..config import KINDS
 from .common import CodebooksArgument, Report, TokenOption, table
@@ -57,7 +57,7 @@ def describe(codebooks: GSRQCodebooks) -> tuple[dict[str, Any], str]:
         f"{calibration.get('weighting')}, seed {calibration.get('seed')}"
         if calibration
         else "not recorded",
-        **trained_together(made),
+        **training_steps(made),
         "versions": ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items()),
     }
     for record in made.get("evaluations", ()):

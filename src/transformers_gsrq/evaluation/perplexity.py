@@ -52,7 +52,8 @@ def measure_perplexity(
 
     Args:
         model: The model.
-        windows: int64 `[windows, T]`, text that calibration did not see. Windows are independent texts.
+        windows: int64 `[windows, T]`, text that calibration did not see. Each is read by itself, and standard
+            errors take them for independent: best from as many texts (`token_windows`).
         codebooks: Codebooks by name.
         progress: Show a progress bar.
         **cache_options: Keywords of `GSRQCache`; `residual_length=0, sink_length=0` unless given.

@@ -19,7 +19,7 @@ from ..codebooks import GSRQCodebooks
 from ..config import KINDS, GSRQConfig
 from .perplexity import PLAIN, Perplexity
 from .reconstruction import Reconstruction, sweep_gaussians, sweep_states
-from .retrieval import Retrieval
+from .retrieval import NEEDLE_TASKS, Retrieval
 
 # Told apart by people with any colour vision (Okabe and Ito), and by line style.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -31,6 +31,8 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
 LINES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 METHOD_NAMES = {"kmeans": "k-means", "gskm": "GSKM"}
 DEPTH_BINS = 5
+# States of fewer tokens cannot be clustered for the pictures that go with perplexity.
+MIN_TOKENS = 256
 MEASURES = {"mse": "squared error / energy", "gain_error": "error of the norm / norm", "cosine": "cosine"}
 
 
@@ -229,11 +231,14 @@ def plot_ratios(series: Mapping[str, Sequence[tuple[str, float, float]]], base: 
 
 
 def plot_retrieval(results: Mapping[str, Sequence[Retrieval]]) -> Figure:
-    """Share of answered prompts by depth and prompt length, all tasks together, one panel for each method.
+    """Share of answered needles by depth and prompt length, both tasks together, one panel for each method.
+
+    Tracked variables are left out: they stand everywhere in the text.
 
     Args:
         results: What `measure_retrieval` returned.
     """
+    results = {name: [found for found in scores if found.task in NEEDLE_TASKS] for name, scores in results.items()}
     lengths = sorted({found.length for scores in results.values() for found in scores})
     tasks = dict.fromkeys(found.task.replace("_", " ") for scores in results.values() for found in scores)
     fewest = min(len(found.hits) for scores in results.values() for found in scores)
@@ -311,7 +316,7 @@ def _draw_perplexity(
     states = sweep_states(samples, config, config.layers[len(config.layers) // 2])
     direct = [row for row in states if row.data in KINDS]
     gaussians = sweep_gaussians()
-    width, count = 256, 256
+    width, count = 256, MIN_TOKENS
     by_width = [row for row in gaussians if row.num_centroids == count]
     by_count = [row for row in gaussians if row.subspace_dim == width]
     configs = {

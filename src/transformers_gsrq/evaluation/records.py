@@ -77,7 +77,9 @@ def run_record(
     for measure, by_name in found.items():
         for name, value in by_name.items():
             if measure == "perplexity":
-                entry = perplexity_record(model, windows, by_name, name, data=data, **settings.reading)
+                entry = perplexity_record(
+                    model, windows, by_name, name, data=data, beam_width=settings.beam_width, **settings.reading
+                )
             else:
                 entry = {measure: _plain_types(value)}
             results[name] = {**results.get(name, {}), **entry}
@@ -85,7 +87,7 @@ def run_record(
     size = model.dtype.itemsize
     return {
         **circumstances(model),
-        "model_fingerprint": fingerprint(model, first.layers),
+        "model_fingerprint": fingerprint(model),
         "command": command,
         "data": data,
         "data_digest": windows_digest(windows),
@@ -123,6 +125,7 @@ def perplexity_record(
     data: str,
     residual_length: int,
     sink_length: int,
+    beam_width: int = 1,
 ) -> dict[str, Any]:
     """The record of one entry of `measure_perplexity`, for `GSRQCodebooks.with_evaluation`.
 
@@ -134,6 +137,7 @@ def perplexity_record(
         data: What to call the text.
         residual_length: Latest tokens that were exact.
         sink_length: First tokens that were exact.
+        beam_width: Partial sums that encoding kept.
     """
     found, plain = results[name], results[PLAIN]
     return {
@@ -149,5 +153,6 @@ def perplexity_record(
         "data_digest": windows_digest(windows),
         "residual_length": residual_length,
         "sink_length": sink_length,
+        "beam_width": beam_width,
         **circumstances(model),
     }

@@ -16,6 +16,8 @@ from ..text import windows_digest
 from .perplexity import PLAIN
 
 TASKS = ("needle", "needle_of_four", "variable_tracking")
+# Those whose answer stands at one place.
+NEEDLE_TASKS = TASKS[:2]
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLE_HEAD = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you "
