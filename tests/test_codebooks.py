@@ -140,7 +140,7 @@ def test_an_interrupted_save_leaves_the_old_files_alone(tmp_path: Path, monkeypa
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers_gsrq.codebooks.save_file", interrupted)
+    monkeypatch.setattr("transformers_gsrq.files.save_file", interrupted)
     for folder in ("codebooks", "new"):
         with pytest.raises(KeyboardInterrupt):
             make_codebooks().save_pretrained(tmp_path / folder)

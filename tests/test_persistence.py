@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from operations import OPTIONS
 from test_cache_errors import PROMPT, assert_unchanged, contents, next_logits
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.persistence import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +153,25 @@ def test_an_interrupted_save_leaves_the_old_file(
     cache.save(path)
     before = path.read_bytes()
 
-    def fail(tensors: dict, target: str, metadata: dict) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def fail(tensors: dict, target: Path, metadata: dict) -> None:
+        target.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("transformers_gsrq.persistence.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("transformers_gsrq.files.save_file", fail)
+    with pytest.raises(OSError, match=r"cache\.safetensors cannot be written \(No space left on device\)\. Free some"):
         cache.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_fingerprint_names_every_weight_and_counts_past_what_float32_can() -> None:
+    """2^24 + 1 is no float32: the last sample of a large matrix would lie beyond its end."""
+    model = SUPPORTED["llama"].build()
+    marks = {fingerprint(model)}
+    for weight in model.get_decoder().parameters():
+        with torch.no_grad():
+            weight.flatten()[-1].add_(1)
+        marks.add(fingerprint(model))
+    assert len(marks) == 1 + len(list(model.get_decoder().parameters()))
+    # As large as the projection of a 13B model, in memory of one number.
+    model.model.norm.weight = torch.nn.Parameter(torch.zeros(1).expand(5120, 5120))
+    assert fingerprint(model) not in marks

