@@ -66,7 +66,8 @@ def attention_oracle(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -math.inf)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    # A query that is NaN must stay so.
+    weights = torch.where(visible.any(-1, keepdim=True), torch.softmax(scores, -1), 0.0)
     return weights @ values
 
 

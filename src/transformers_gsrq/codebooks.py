@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -24,14 +23,11 @@ from .card import Rate, model_card
 from .config import FORMAT_VERSION, KINDS, GSRQConfig, Kind
 from .files import write_tensors
 from .hub import CONFIG_NAME, TENSORS_NAME
+from .provenance import add_evaluation, add_step, first_stages
 
 logger = logging.getLogger(__name__)
 
 STORED_DTYPE = torch.float16
-# Entries that were measured on these very centroids.
-MEASURED = ("report", "evaluations")
-# What two evaluations share of which the newer one counts.
-SAME = ("model", "data_digest", "dtype", "residual_length", "sink_length", "beam_width")
 
 
 class GSRQCodebooks:
@@ -137,26 +133,8 @@ class GSRQCodebooks:
             config,
             {(layer, kind): self.gains(layer, kind)[:, : wanted[kind]] for layer, kind in jobs},
             {(layer, kind): self.shapes(layer, kind)[:, : wanted[kind]] for layer, kind in jobs},
-            {**self.origin, **self._report_of(wanted)},
+            first_stages(self.provenance, {kind: wanted[kind] for kind in KINDS}),
         )
-
-    def _report_of(self, wanted: Mapping[Kind, int]) -> dict[str, Any]:
-        """The calibration's report as far as it is about these stages."""
-        if "report" not in self.provenance:
-            return {}
-        return {
-            "report": [
-                {**part, "stages": part["stages"][: wanted[part["kind"]]]} for part in self.provenance["report"]
-            ]
-        }
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """The provenance without what was measured on these centroids: what codebooks made from these take over."""
-        kept = {name: value for name, value in self.provenance.items() if name not in MEASURED}
-        if "training" in kept:
-            kept["training"] = [{**step, "measured": None} for step in kept["training"]]
-        return kept
 
     def trained(
         self,
@@ -177,8 +155,8 @@ class GSRQCodebooks:
             measured: What it measured on the result; not passed on to codebooks made from that.
             **provenance: Entries that are different now.
         """
-        steps = [*self.origin.get("training", ()), {"step": step, **record, "measured": dict(measured)}]
-        return GSRQCodebooks(self.config, gains, shapes, {**self.origin, **provenance, "training": steps})
+        history = {**add_step(self.provenance, step, record, measured), **provenance}
+        return GSRQCodebooks(self.config, gains, shapes, history)
 
     @property
     def digest(self) -> str:
@@ -346,17 +324,8 @@ class GSRQCodebooks:
         Raises:
             ValueError: if the perplexity is not a finite number.
         """
-        if not math.isfinite(record["perplexity"]):
-            raise ValueError(
-                f"The perplexity is {record['perplexity']}, so it is not kept. Check the model and its dtype."
-            )
-        # A standard error of a single window is NaN, which JSON does not know.
-        new = {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in record.items()}
-        kept = [
-            old for old in self.provenance.get("evaluations", ()) if any(old.get(key) != new.get(key) for key in SAME)
-        ]
         other = copy.copy(self)
-        other.provenance = {**self.provenance, "evaluations": [*kept, new]}
+        other.provenance = add_evaluation(self.provenance, record)
         return other
 
     @classmethod

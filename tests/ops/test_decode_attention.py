@@ -150,6 +150,15 @@ def test_rows_that_are_not_aligned_are_copied() -> None:
     assert relative_error(run_triton(inputs), decode_attention_oracle(inputs)) < tolerances.ATTENTION["float16"]
 
 
+def test_a_query_that_is_nan_stays_so() -> None:
+    """A model that overflowed must not look as if it saw nothing."""
+    inputs = Case(tokens=200).build(DEVICE)
+    inputs["query"][:, 1] = torch.nan
+    found = run_triton(inputs)
+    assert torch.equal(found.isnan(), decode_attention_oracle(inputs).isnan())
+    assert found[:, 1].isnan().all() and not found[:, 0].isnan().any()
+
+
 def test_wrong_codes_are_seen() -> None:
     """The control: what passes above does not pass for other codes."""
     inputs = Case().build(DEVICE)

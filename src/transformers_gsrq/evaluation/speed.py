@@ -56,8 +56,8 @@ def measure_speed(
     """Prefill and decode with the model's plain cache, with the codebooks, and with transformers' quantized caches.
 
     The last are measured where their packages (`optimum-quanto`, `hqq`) are installed. Every cache decodes the same
-    text. Each has run once, at the shortest context, before anything is measured; the first token after a prefill is
-    not timed.
+    text. Each has run at two short contexts before anything is measured (a compiler that has seen two lengths expects
+    any); the first token after a prefill is not timed.
 
     Args:
         model: The model.
@@ -84,8 +84,10 @@ def measure_speed(
         for nbits in QUANTIZED_BITS:
             makers[f"{package} {nbits} bits"] = lambda p=package, n=nbits: quantized_cache(model.config, p, n)  # type: ignore[misc]
     ids = token_ids[None].to(model.device)
+    shortest = min(context_lengths)
     for make in makers.values():
-        _measure(model, make(), "", ids, min(context_lengths), 2)
+        for context in (shortest, max(2, shortest // 2)):
+            _measure(model, make(), "", ids, context, 2)
     for context in context_lengths:
         for name, make in makers.items():
             yield _measure(model, make(), name, ids, context, new_tokens)

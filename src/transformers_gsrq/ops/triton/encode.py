@@ -23,7 +23,7 @@ def _load_plain(
     channel = subspace * S + s
     d = channel % D
     here = (t[:, None] < num_tokens) & (s[None, :] < S)
-    place = base + (channel // D).to(tl.int64)[None, :] * stride_head
+    place = base + (channel // D)[None, :] * stride_head
     x = tl.load(place + d[None, :], mask=here, other=0.0).to(tl.float32)
     if PAIRS > 0:
         # The inverse of y1 = x1 c - x2 s, y2 = x2 c + x1 s, whatever factor was folded into c and s.
@@ -40,7 +40,7 @@ def _load_plain(
 def _load_head(base, cos, sin, t, num_tokens, head, s, stride_head, HALF: tl.constexpr):
     # The same where a subspace is a head that rotates as a whole: its halves are each other's partners.
     here = (t[:, None] < num_tokens) & (s[None, :] < HALF)
-    place = base + head.to(tl.int64) * stride_head + s[None, :]
+    place = base + head * stride_head + s[None, :]
     x = tl.load(place, mask=here, other=0.0).to(tl.float32)
     y = tl.load(place + HALF, mask=here, other=0.0).to(tl.float32)
     c = tl.load(cos + s[None, :], mask=here, other=1.0)
@@ -76,10 +76,10 @@ def _encode(
     BT: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    subspace = tl.program_id(1)
+    subspace = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     base = states + row * stride_batch + t[:, None].to(tl.int64) * stride_token
-    angle = row * rotary_batch + t[:, None] * rotary_token
+    angle = row * rotary_batch + t[:, None].to(tl.int64) * rotary_token
     s = tl.arange(0, BS // 2)
     cos += angle
     sin += angle

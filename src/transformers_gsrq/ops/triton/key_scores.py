@@ -125,8 +125,8 @@ def _key_scores(
 
     rest = stages - stage
     table = tables + (head_slice * stages + stage) * (256 * 2 * P)
-    codes_a = codes + row * stride_batch + tl.load(subspaces + head_slice * 2) * stride_subspace
-    codes_b = codes + row * stride_batch + tl.load(subspaces + head_slice * 2 + 1) * stride_subspace
+    codes_a = codes + row * stride_batch + tl.load(subspaces + head_slice * 2).to(tl.int64) * stride_subspace
+    codes_b = codes + row * stride_batch + tl.load(subspaces + head_slice * 2 + 1).to(tl.int64) * stride_subspace
     out = scores + (row * H + head) * N * scores_stride
     num_words = (num_tokens + 3) // 4
     word = first * (BT // 4) + tl.arange(0, BT // 4)
@@ -155,7 +155,7 @@ def _key_scores(
         t = block * BT + offsets
         valid = (n[None, :] < N) & (t[:, None] < num_tokens)
         fixed = (s + tl.where(s > 0, 0.5, -0.5)).to(tl.int32)
-        tl.atomic_add(out + n[None, :] * scores_stride + t[:, None], fixed, mask=valid, sem="relaxed")
+        tl.atomic_add(out + n.to(tl.int64)[None, :] * scores_stride + t[:, None], fixed, mask=valid, sem="relaxed")
 
 
 def key_scores(

@@ -200,7 +200,8 @@ def _key_scores_shared(
     key_cos = _pack(gl.cos(even), gl.cos(odd))
     key_sin = _pack(gl.sin(even), gl.sin(odd))
 
-    codes += row * stride_batch + gl.load(subspaces + head_slice * 2) * stride_subspace + stage * stride_stage
+    subspace = gl.load(subspaces + head_slice * 2).to(gl.int64)
+    codes += row * stride_batch + subspace * stride_subspace + stage * stride_stage
     num_words = (num_tokens + 3) // 4
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     o = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))

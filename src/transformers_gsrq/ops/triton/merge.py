@@ -187,6 +187,6 @@ def _merge(
         place = ((row_head * num_splits * num_parts + p[:, None]) * N + n) * D + d[None, :]
         part = tl.load(code_sums + place, mask=here[:, None] & (d[None, :] < D), other=0.0)
         acc += tl.sum(part * scale[:, None], 0)
-    # A query that sees nothing at all gets zeros.
-    acc = tl.where(weight > 0, acc / weight, 0.0)
+    # A query that sees nothing at all gets zeros; one that is NaN must not look like it.
+    acc = tl.where(weight == 0, 0.0, acc / weight)
     tl.store(out + (row_head * N + n) * D + d, acc, mask=d < D)

@@ -114,7 +114,7 @@ def _value_histogram(
                 if S < D:
                     subspace = head * (D // S) + stream // stages
                     place_codes = codes + row * stride_batch + subspace * stride_subspace
-                    place_codes += stream % stages * stride_stage
+                    place_codes += (stream % stages).to(gl.int64) * stride_stage
                 else:
                     place_codes = codes + row * stride_batch + head * D // S * stride_subspace + stream * stride_stage
                 # Weights beyond the last token are 0, so any code does there.
