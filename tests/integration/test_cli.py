@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.util
 import json
 import resource
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from cli_runner import CALIBRATION, assert_one_line, run, run_json
 from hermetic import HUB
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.cli.common import partial_folder
+from transformers_gsrq.cli.evaluate import lower_rate
 from transformers_gsrq.loading import load_model, read_dataset
 
 
@@ -226,3 +230,31 @@ def test_help_and_usage() -> None:
         assert "..." not in next(line for line in help_text.stdout.splitlines() if line.startswith(f"  {name} "))
     assert run("inspect").exit_code == 2
     assert run("inspect", "x", "--no-such-option").exit_code == 2
+
+
+def test_what_is_kept_of_an_interrupted_command_lies_beside_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert partial_folder(Path("a/codebooks")) == Path("a/codebooks.partial")
+    assert partial_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}.partial")
+
+
+def test_lower_rates_need_as_many_stages_in_every_layer(tiny_codebooks: GSRQCodebooks) -> None:
+    assert lower_rate(tiny_codebooks, 0.5).digest == tiny_codebooks.with_stages(4, 4).digest
+    with pytest.raises(ValueError, match="no whole number of stages .* Legal: 0.125, 0.25"):
+        lower_rate(tiny_codebooks, 0.7)
+    uneven = copy.copy(tiny_codebooks)
+    uneven.config = dataclasses.replace(tiny_codebooks.config, key_stages=(4, *tiny_codebooks.config.key_stages[1:]))
+    with pytest.raises(ValueError, match="as many in every layer"):
+        lower_rate(uneven, 0.5)
+
+
+def test_too_few_windows_are_named_before_the_work(
+    codebooks: tuple[Path, dict[str, Any]], short_model: Path, text_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = ("eval", short_model, codebooks[0], "--text", text_files[1])
+    assert_one_line(run(*command, "--windows", 0), "At least one window of 2 tokens is needed, got 0 windows of 1024")
+    few = ("--windows", 1, "--window-length", 128, "--plots", tmp_path)
+    assert_one_line(run(*command, *few), "--plots needs windows of 256 tokens in all, these are 128")
+    assert not list(tmp_path.iterdir())
