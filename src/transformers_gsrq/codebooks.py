@@ -304,7 +304,7 @@ class GSRQCodebooks:
             return hub.push(
                 Path(folder),
                 repo_id,
-                lambda configs: model_card(repo_id, {name: _read_rate(path) for name, path in configs.items()}),
+                lambda full_id, configs: model_card(full_id, {n: _read_rate(path) for n, path in configs.items()}),
                 subfolder=subfolder,
                 revision=revision,
                 private=private,

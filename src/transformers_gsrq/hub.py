@@ -197,7 +197,7 @@ def _subfolder_name(path: str) -> str:
 def push(
     folder: Path,
     repo_id: str,
-    make_card: Callable[[dict[str, Path]], str],
+    make_card: Callable[[str, dict[str, Path]], str],
     *,
     subfolder: str = "",
     revision: str | None = None,
@@ -212,7 +212,7 @@ def push(
     Args:
         folder: Holds `config.json` and `codebooks.safetensors`.
         repo_id: `owner/name`, or a name in your own account; created if it is not there.
-        make_card: From `config.json` of every rate, by subfolder, to the text of the card.
+        make_card: From the repository's full name, and `config.json` of every rate by subfolder, to the card's text.
         subfolder: Where in the repository the codebooks go.
         revision: Branch; created if it is not there.
         private: Whether a repository that is created is private.
@@ -242,7 +242,7 @@ def push(
         prefix = f"{subfolder}/" if subfolder else ""
         operations = [CommitOperationAdd(prefix + name, str(folder / name)) for name in (CONFIG_NAME, TENSORS_NAME)]
         if _card_is_ours(api, repo_id, head.sha, {sibling.rfilename for sibling in head.siblings or ()}):
-            operations.append(CommitOperationAdd(CARD_NAME, make_card(dict(sorted(rates.items()))).encode()))
+            operations.append(CommitOperationAdd(CARD_NAME, make_card(repo_id, dict(sorted(rates.items()))).encode()))
         return api.create_commit(
             repo_id,
             operations,

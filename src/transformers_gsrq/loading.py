@@ -26,7 +26,12 @@ _MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_model(
-    source: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a local folder, a Hub id or a GGUF file.
 
@@ -35,13 +40,15 @@ def load_model(
         dtype: "auto" (as the model was saved; bfloat16 for GGUF files, which are unpacked), or a dtype or its name.
         device: "cpu", "cuda", "cuda:1", ...; by default the GPU if there is one.
         revision: Branch, tag or commit on the Hub.
+        token: Access token; by default the one of `hf auth login`.
 
     Raises:
         OSError: if there is no such model.
         ValueError: if transformers does not know this type of model, or for an unknown dtype or missing device.
         ImportError: if a GGUF file is given and the package `gguf` is not installed.
     """
-    options: dict[str, Any] = {"revision": revision} if revision else {}
+    given = {"revision": revision, "token": token}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
     where = _device(device)
     place = str(source)
     if place.endswith(".gguf"):

@@ -123,7 +123,7 @@ def test_log_weights_are_equation_ten() -> None:
     behind_a_mask = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 5.0]])
     torch.testing.assert_close(gradient_weights(behind_a_mask, "log")[:, 4:], gradient_weights(norms, "log"))
     assert torch.equal(gradient_weights(torch.zeros(1, 3), "log"), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="'log', 'raw', 'none'"):
+    with pytest.raises(ValueError, match="one of log, raw, none, got 'sqrt'"):
         gradient_weights(norms, "sqrt")
 
 

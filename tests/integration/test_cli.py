@@ -222,7 +222,7 @@ def test_full_disk(codebooks: tuple[Path, dict[str, Any]], tmp_path: Path) -> No
 def test_help_and_usage() -> None:
     help_text = run("--help")
     assert help_text.exit_code == 0
-    for name in ("calibrate", "eval", "inspect", "push", "generate", "bench", "demo"):
+    for name in ("calibrate", "finetune", "eval", "inspect", "push", "generate", "bench", "demo"):
         page = run(name, "--help")
         assert page.exit_code == 0
         assert f"  {name} " in help_text.stdout

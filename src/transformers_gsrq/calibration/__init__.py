@@ -13,7 +13,7 @@ from ..codebooks import GSRQCodebooks
 from ..config import GSRQConfig
 from ..text import token_windows
 from .capture import Samples, capture
-from .fit import fit
+from .fit import check_options, fit
 from .gskm import Clustering, cluster
 from .report import model_record
 
@@ -63,6 +63,9 @@ def calibrate(
         ValueError: if the model is not supported, does not match the config, or the text is too short.
     """
     config.check_model(model.config)
+    check_options(weighting, method, iterations)
+    if max_vectors < config.num_centroids:
+        raise ValueError(f"max_vectors must be at least the {config.num_centroids} centroids, got {max_vectors}.")
     windows = token_windows(tokenizer, texts, window_length, num_samples, seed)
     began = time.perf_counter()
     samples = capture(

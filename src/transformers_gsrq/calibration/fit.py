@@ -31,6 +31,19 @@ HELD_OUT_SHARE = 0.1
 FEW_VECTORS_PER_CENTROID = 16
 
 
+def check_options(weighting: str, method: str = METHODS[0], iterations: int = 1) -> None:
+    """Check what `fit` is told, before the long work.
+
+    Raises:
+        ValueError: naming what was given and what is legal.
+    """
+    for name, given, legal in (("weighting", weighting, WEIGHTINGS), ("method", method, METHODS)):
+        if given not in legal:
+            raise ValueError(f"{name} must be one of {', '.join(legal)}, got {given!r}.")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+
+
 def gradient_weights(norms: torch.Tensor, weighting: str, temperature: float = 1.0) -> torch.Tensor | None:
     """Weights of vectors from the norms of their loss gradients (Eq. 9-10).
 
@@ -45,8 +58,7 @@ def gradient_weights(norms: torch.Tensor, weighting: str, temperature: float = 1
     Raises:
         ValueError: for another weighting.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+    check_options(weighting)
     if weighting == "none":
         return None
     if weighting == "raw":
@@ -93,8 +105,7 @@ def fit(
     Raises:
         ValueError: for an unknown weighting or method, too few vectors, or gradients that were not captured.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    check_options(weighting, method, iterations)
     if weighting != "none" and not samples.gradients:
         raise ValueError(
             f"weighting={weighting!r} needs gradients: capture(..., gradients=True), or weighting='none'."

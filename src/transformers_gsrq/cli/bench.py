@@ -43,7 +43,7 @@ def run(
     is installed. Without --text random tokens are read: times and bytes do not depend on what the text says.
     """
     lengths = _lengths(contexts)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     needed = max(lengths) + new_tokens + 1
     if text:
         token_ids = torch.tensor([i for part in read_texts(text) for i in tokenizer(part, verbose=False)["input_ids"]])

@@ -10,6 +10,7 @@ import typer
 
 from ..calibration import calibrate
 from ..config import GSRQConfig
+from ..hub import HubId
 from ..loading import load_model
 from .common import (
     ColumnOption,
@@ -23,6 +24,7 @@ from .common import (
     RevisionOption,
     SplitOption,
     TextOption,
+    TokenOption,
     named_texts,
     partial_folder,
 )
@@ -53,18 +55,21 @@ def run(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     model_revision: RevisionOption = None,
+    token: TokenOption = None,
 ) -> Report:
     """Learn codebooks for MODEL from text.
 
     Needs some 260,000 tokens for the best result (128 windows of 2,048). An interrupted run goes on where it stopped
     when the same command is given again.
     """
+    checkpoint = partial_folder(output)
+    if push_to:
+        HubId.parse(push_to if "/" in push_to else f"me/{push_to}")
     texts, data_name = named_texts(text, dataset, split, column, dataset_config)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     config = GSRQConfig.for_model(
         loaded.config, bits, key_bits=key_bits, value_bits=value_bits, subspace_dim=subspace_dim
     )
-    checkpoint = partial_folder(output)
     if base_model:
         loaded.config.name_or_path = base_model
     try:
@@ -86,14 +91,18 @@ def run(
         codebooks.save_pretrained(output)
     except KeyboardInterrupt as stopped:
         finished = len(list(checkpoint.glob("*.safetensors")))
-        raise Interrupted(
-            f"Interrupted. {finished} of {2 * len(config.layers)} codebooks are kept in {checkpoint}; the same "
-            "command goes on from there."
-        ) from stopped
+        kept = f"{finished} of {2 * len(config.layers)} codebooks are kept in {checkpoint}; the same command goes on."
+        raise Interrupted(f"Interrupted. {kept if finished else 'Nothing was kept yet.'}") from stopped
     shutil.rmtree(checkpoint)
     figures, description = describe(codebooks)
     lines = [f"Saved to {output}.", "", description]
     if push_to:
-        figures["pushed"] = codebooks.push_to_hub(push_to).commit_url
+        try:
+            figures["pushed"] = codebooks.push_to_hub(push_to, token=token).commit_url
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OSError(
+                f"The codebooks are saved in {output}, but were not pushed: {error} Push them with "
+                f"`gsrq push {output} {push_to}`."
+            ) from error
         lines.append(f"\nPushed: {figures['pushed']}")
     return Report({"output": str(output), **figures}, "\n".join(lines))

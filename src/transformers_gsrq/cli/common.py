@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
 # shows its traceback.
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Local folder, Hub id or GGUF file.")]
 CodebooksArgument = Annotated[
@@ -78,7 +79,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
             try:
                 report = function(**arguments)
             except (KeyboardInterrupt, Interrupted) as stopped:
-                _fail(str(stopped) or "Interrupted; nothing was written.", 130, stopped if debug else None)
+                _fail(str(stopped) or "Interrupted.", 130, stopped if debug else None)
             except EXPECTED as error:
                 _fail(_one_line(error), 1, error if debug else None)
             if as_json:
@@ -131,7 +132,14 @@ def command_line() -> str:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a command that is interrupted keeps what it has done: beside the folder that it would make."""
+    """Where a command that is interrupted keeps what it has done: beside the folder that it would make.
+
+    Raises:
+        NotADirectoryError: if no folder can be made there, before the long work.
+    """
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--output {output}: {there} is a file. Name a folder that is not there yet.")
     folder = output if output.name else output.resolve()
     return folder.with_name(folder.name + ".partial")
 
@@ -143,7 +151,8 @@ def named_texts(
     if bool(text) == bool(dataset):
         raise ValueError("Say what to read: --text FILE, or --dataset NAME, and not both.")
     if text:
-        return read_texts(text), ", ".join(path.name for path in text)
+        names = [path.resolve().name for path in text]
+        return read_texts(text), ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
     return read_dataset(dataset or "", split=split, column=column, config=config), f"{dataset}, split {split}"
 
 

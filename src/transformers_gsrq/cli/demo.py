@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..demo import DEFAULT_FOLDER, run_demo
-from .common import Report
+from .common import Interrupted, Report
 
 
 def run(
@@ -23,4 +23,10 @@ def run(
     bytes side by side.
     """
     # For machines standard output is left to the figures.
-    return Report(run_demo(folder, say=partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)), "")
+    say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    try:
+        return Report(run_demo(folder, say=say), "")
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(
+            f"Interrupted. What is finished is kept in {folder}; the same command goes on from there."
+        ) from stopped

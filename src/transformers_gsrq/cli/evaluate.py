@@ -36,7 +36,7 @@ from .results import comparison_text, result_tables
 
 def run(
     model: ModelArgument,
-    codebooks: Annotated[list[str], typer.Argument(metavar="CODEBOOKS...", help="One or more; see `gsrq --help`.")],
+    codebooks: Annotated[list[str], typer.Argument(metavar="CODEBOOKS", help="One or more; see `gsrq --help`.")],
     measure: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(MEASURES)}; may be repeated. Perplexity by default.")
     ] = None,
@@ -101,7 +101,7 @@ def run(
     )
     _check(settings, codebooks, plots, save)
     texts, name = named_texts(text, dataset, split, column, dataset_config)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
     data = token_windows(tokenizer, texts, window_length, windows)
@@ -118,12 +118,20 @@ def run(
                 loaded, data, found["perplexity"], source, data=name, beam_width=beam_width, **settings.reading
             )
             made.with_evaluation(saved).save_pretrained(source)
-    lines = [result_tables(record), f"{len(data)} windows of {window_length} tokens of {name}."]
+    lines = [result_tables(record)]
+    if set(settings.measures) != {"retrieval"}:
+        lines.append(f"{len(data)} windows of {window_length} tokens of {name}.")
+    if save:
+        lines.append(f"Saved with: {', '.join(codebooks)}.")
     if plots is not None:
         from ..evaluation.plots import draw_all
 
-        record["plots"] = [str(path) for path in draw_all(plots, loaded, data, rates, found, name)]
-        lines.append("Pictures: " + ", ".join(record["plots"]))
+        try:
+            record["plots"] = [str(path) for path in draw_all(plots, loaded, data, rates, found, name)]
+            lines.append("Pictures: " + ", ".join(record["plots"]))
+        except KeyboardInterrupt:
+            # What was measured is worth more than the pictures of it.
+            lines.append("Interrupted: the pictures were not finished.")
     return Report(record, "\n".join(lines))
 
 
@@ -160,14 +168,16 @@ def lower_rate(codebooks: GSRQCodebooks, bits: float) -> GSRQCodebooks:
             f"{config.key_stages} for keys and {config.value_stages} for values."
         )
     share = bits / config.bits()
-    stages = {kind: min(config.stages(kind)) * share for kind in KINDS}
-    if share > 1 or any(count != int(count) or count < 1 for count in stages.values()):
+    exact = {kind: config.stages(kind)[0] * share for kind in KINDS}
+    stages = {kind: round(count) for kind, count in exact.items()}
+    # The rates that the message lists are rounded too.
+    if share > 1 or any(abs(exact[kind] - count) > 1e-4 * count or count < 1 for kind, count in stages.items()):
         legal = _lower_rates(codebooks)
         raise ValueError(
             f"--bits {bits:g} is no whole number of stages of these codebooks ({config.bits():g} bits). Legal: "
             f"{', '.join(f'{rate:g}' for rate in legal)}."
         )
-    return codebooks.with_stages(int(stages["key"]), int(stages["value"]))
+    return codebooks.with_stages(stages["key"], stages["value"])
 
 
 def _lower_rates(codebooks: GSRQCodebooks) -> list[float]:

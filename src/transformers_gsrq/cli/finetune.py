@@ -14,6 +14,7 @@ from ..calibration.finetune import finetune
 from ..codebooks import GSRQCodebooks
 from ..loading import load_model, read_texts
 from .common import (
+    BeamOption,
     CodebooksArgument,
     DeviceOption,
     DtypeOption,
@@ -21,6 +22,7 @@ from .common import (
     ModelArgument,
     Report,
     RevisionOption,
+    TokenOption,
     partial_folder,
 )
 
@@ -42,25 +44,32 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Windows of a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Relative to the spread of a stage.")] = 3e-3,
     recall_share: Annotated[float, typer.Option(help="Share of windows that demand exact recall.")] = 0.25,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps from one evaluation on held-out windows to the next; the state is saved then.")
+    ] = 25,
+    patience: Annotated[int, typer.Option(help="Evaluations without progress after which it stops.")] = 5,
+    beam_width: BeamOption = 1,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of texts and the recall windows.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     model_revision: RevisionOption = None,
+    token: TokenOption = None,
 ) -> Report:
-    """Distill MODEL into CODEBOOKS: nearer to the plain model at the same bits.
+    """Distill MODEL into CODEBOOKS at the same bits.
 
-    An interrupted run goes on where it stopped when the same command is given again. On several GPUs of one machine:
+    The codebooks come nearer to the plain model; size, speed and format stay the same. An interrupted run goes on
+    where it stopped when the same command is given again. On several GPUs of one machine:
     accelerate launch --num_processes 4 -m transformers_gsrq finetune MODEL CODEBOOKS ...
     """
+    checkpoint = partial_folder(output)
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if state.num_processes > 1:
         device = device or str(state.device)
     texts = read_texts(text)
     guard_texts = read_texts(guard) if guard else None
-    start = GSRQCodebooks.from_pretrained(codebooks)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
-    checkpoint = partial_folder(output)
+    start = GSRQCodebooks.from_pretrained(codebooks, token=token)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     try:
         made = finetune(
             loaded,
@@ -74,6 +83,9 @@ def run(
             batch_size=batch_size,
             learning_rate=learning_rate,
             recall_share=recall_share,
+            evaluate_every=evaluate_every,
+            patience=patience,
+            beam_width=beam_width,
             gradient_checkpointing=gradient_checkpointing,
             seed=seed,
             data_name=", ".join(path.name for path in text),
@@ -82,10 +94,10 @@ def run(
             made.save_pretrained(output)
         state.wait_for_everyone()
     except KeyboardInterrupt as stopped:
-        raise Interrupted(
-            f"Interrupted. What was learned up to the last evaluation is kept in {checkpoint}; the same command goes "
-            "on from there."
-        ) from stopped
+        kept = f"Nothing was kept: the first state is saved after {evaluate_every} steps (--evaluate-every)."
+        if (checkpoint / "state.safetensors").is_file():
+            kept = f"What was learned up to the last evaluation is kept in {checkpoint}; the same command goes on."
+        raise Interrupted(f"Interrupted. {kept}") from stopped
     state.destroy_process_group()
     if not state.is_main_process:
         sys.exit()
@@ -102,6 +114,6 @@ def run(
         f"Divergence from the plain model on held-out text: {course[0]['kl']:.4f} before, {best['kl']:.4f} after "
         f"step {record['best_step']}.",
     ]
-    if "guard_kl" in best:
+    if guard:
         lines.append(f"On text of another kind: {course[0]['guard_kl']:.4f} before, {best['guard_kl']:.4f} after.")
     return Report({"output": str(output), "digest": made.digest, **record}, "\n".join(lines))

@@ -51,7 +51,7 @@ def run(
     parts = [*(read_texts([prompt_file]) if prompt_file else ()), *([prompt] if prompt else ())]
     if not parts:
         raise ValueError("There is nothing to continue: give --prompt TEXT, --prompt-file FILE, or both.")
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     cache = GSRQCache(
         GSRQCodebooks.from_pretrained(codebooks, token=token),
         loaded,

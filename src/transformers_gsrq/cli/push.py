@@ -38,7 +38,8 @@ def run(
         commit_message=message,
         create_pr=create_pr,
     )
-    place = "/".join(filter(None, (repo_id, subfolder))) + (f"@{revision}" if revision else "")
+    # A name without an owner was one in the account of the token.
+    place = "/".join(filter(None, (info.repo_url.repo_id, subfolder))) + (f"@{revision}" if revision else "")
     figures = {
         "commit": info.oid,
         "url": info.pr_url or info.commit_url,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,13 +24,23 @@ def result_tables(record: Mapping[str, Any]) -> str:
     )
 
 
+def number(error: float, places: int) -> str:
+    """A standard error; a single window has none."""
+    return "-" if math.isnan(error) else f"{error:.{places}f}"
+
+
+def share(error: float) -> str:
+    """The same, of a share."""
+    return "-" if math.isnan(error) else f"{error:.1%}"
+
+
 def _perplexity(results: Results, caches: Results) -> str:
     rows = [["cache", "bits", "bytes/token", "perplexity", "+-", "increase", "+-"]]
     for name, found in results.items():
         if "perplexity" in found:
             cells = [f"{caches[name]['bits']:g}", f"{caches[name]['bytes_per_token']:,}"]
-            cells += [f"{found['perplexity']:.2f}", f"{found['standard_error']:.2f}"]
-            increase = [] if name == PLAIN else [f"{found['increase']:+.1%}", f"{found['increase_error']:.1%}"]
+            cells += [f"{found['perplexity']:.2f}", number(found["standard_error"], 2)]
+            increase = [] if name == PLAIN else [f"{found['increase']:+.1%}", share(found["increase_error"])]
             rows.append([name, *cells, *(increase or ["", ""])])
     return table(rows)
 
@@ -39,7 +50,7 @@ def _agreement(results: Results, caches: Results) -> str:
     for name, found in results.items():
         if name != PLAIN:
             seen = found["agreement"]
-            cells = [f"{seen['divergence']:.3f}", f"{seen['divergence_error']:.3f}", f"{seen['top1']:.1%}"]
+            cells = [f"{seen['divergence']:.3f}", number(seen["divergence_error"], 3), f"{seen['top1']:.1%}"]
             rows.append([name, *cells, ", ".join(map(str, found["same_tokens"]))])
     return "Agreement with the plain cache, every token through the codes:\n" + table(rows)
 
@@ -50,7 +61,7 @@ def _attribution(results: Results, caches: Results) -> str:
         for part, seen in found.get("attribution", {}).items():
             if part != PLAIN:
                 increase = seen["perplexity"]["increase"], seen["perplexity"]["increase_error"]
-                rows.append([name, part, f"{increase[0]:+.1%}", f"{increase[1]:.1%}", f"{seen['divergence']:.3f}"])
+                rows.append([name, part, f"{increase[0]:+.1%}", share(increase[1]), f"{seen['divergence']:.3f}"])
     return "What each part costs by itself, all else exact:\n" + table(rows)
 
 

@@ -62,7 +62,7 @@ def plot_perplexity(results: Mapping[str, Sequence[tuple[float, Perplexity]]], p
     axes.axhline(plain.value, color="0.35", linestyle=":", label=f"plain cache, {plain.value:.2f}")
     _bits_axis(axes, {bits for points in results.values() for bits, _ in points})
     axes.set_ylabel("perplexity")
-    axes.set_title(f"Perplexity on {text}, every token through the codes", fontsize=10)
+    axes.set_title(textwrap.fill(f"Perplexity on {text}, every token through the codes", 80), fontsize=10)
     axes.legend(frameon=False)
     return figure
 
@@ -323,9 +323,13 @@ def _draw_perplexity(
         f"{made.config.bits():g} bit{'s' * (made.config.bits() != 1)}": made.config for made in codebooks.values()
     }
     longest = 2.5 * max(config.break_even_tokens for config in configs.values())
-    points = [(made.config.bits(), results[name]) for name, made in codebooks.items()]
+    # Lower rates of the first codebooks come after all of them, named by their bits.
+    series: dict[str, list[tuple[float, Perplexity]]] = {}
+    for name, made in codebooks.items():
+        owner = next(iter(codebooks)) if name == f"{made.config.bits():g} bits" else name
+        series.setdefault(owner, []).append((made.config.bits(), results[name]))
     return {
-        "perplexity": plot_perplexity({"compressed": points}, results[PLAIN], text),
+        "perplexity": plot_perplexity(series, results[PLAIN], text),
         "memory": plot_memory(configs, int(round(longest, -2))),
         "shrinkage": plot_shrinkage([*(row for row in by_width if row.subspace_dim <= width), *direct]),
         "clustering-gaussian-width": plot_reconstruction(by_width),

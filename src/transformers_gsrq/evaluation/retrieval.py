@@ -151,7 +151,7 @@ def _words(
     if total < length:
         raise ValueError(
             f"The texts hold {total} tokens in sentences of at most {length // 8}, less than the {length} of a prompt "
-            "itself. Pass more text, or make the prompts longer."
+            "itself. Pass more text, or make the prompts shorter; longer, if it is the sentences that are too long."
         )
     return sentences
 

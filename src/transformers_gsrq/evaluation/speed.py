@@ -75,7 +75,10 @@ def measure_speed(
     """
     needed = max(context_lengths) + new_tokens + 1
     if token_ids.numel() < needed:
-        raise ValueError(f"The text has {token_ids.numel()} tokens; {needed} are needed for the longest context.")
+        raise ValueError(
+            f"The text has {token_ids.numel()} tokens; {needed} are needed for the longest context. "
+            "Pass more text, shorter contexts, or no text."
+        )
     makers: dict[str, Callable[[], Cache]] = {
         "plain": lambda: DynamicCache(config=model.config),
         f"gsrq {codebooks.config.bits():g} bits": lambda: GSRQCache(codebooks, model, backend=backend),
