@@ -27,7 +27,8 @@ class OracleLayer(DynamicLayer):
     ) -> None:
         super().__init__()
         self.codebooks, self.index = codebooks, index
-        self.rotates = getattr(attention, "use_rope", True)
+        # EXAONE 4 says it by no attribute: its layers of full attention have no rotary embedding.
+        self.rotates = getattr(attention, "use_rope", attention.config.model_type != "exaone4")
         self.turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         self.starts = starts
         self.keep = options.get("residual_length", 128)
@@ -53,7 +54,7 @@ class OracleLayer(DynamicLayer):
             self.cos = cos if self.cos is None else torch.cat([self.cos, cos], 1)
             self.sin = sin if self.sin is None else torch.cat([self.sin, sin], 1)
         seen = self.keys.clone(), self.values.clone()
-        prefill = (before == 0 and new > 1) or new >= self.keep + self.chunk
+        prefill = new > 1 and (before == 0 or new >= self.keep + self.chunk)
         if prefill and not self.record_past and before + new - self.left > self.keep:
             self.leave(before + new - self.keep)
         return seen
@@ -147,6 +148,7 @@ class OracleCache(SteppedCache):
             layer.reset()
             layer.keys = layer.values = None
             layer.is_initialized = False
+            layer.record_past = False
 
     def roll_back(self) -> None:
         raise AssertionError("the oracle never fails in the middle of a forward pass")

@@ -15,8 +15,8 @@ HEAD = """<!-- Made by `python tests/supported_models.py` from the tables that t
 # Supported models
 
 Decoder-only models of transformers with at least one layer of plain full attention, half-split rotary embedding or \
-none. Fine-tunes and sizes of an architecture are the same to us. `check_model` answers for any model, and runs \
-nothing:
+none. Any size and fine-tune of an architecture counts as that architecture. `check_model` answers for any model, and \
+runs nothing:
 
 ```python
 from transformers import AutoModelForCausalLM

@@ -11,14 +11,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from cache_oracle import OracleCache
 from operations import OPTIONS
 from test_cache_errors import PROMPT, assert_unchanged, contents
 from test_cache_states import CODEBOOKS, HEAD_DIM, HEADS, LAYERS, MODEL, MODULES
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache
+from transformers_gsrq import GSRQCache, fused
 from transformers_gsrq.attention import Step
 
 # A code that two roundings of a state put on different sides of a tie moves that state by up to a centroid's distance;
@@ -30,6 +30,7 @@ def push(cache: GSRQCache, states: torch.Tensor, first: int, last: int) -> None:
     """One forward pass with tokens `first` to `last` of `[layer, kind, B, H, T, D]`."""
     positions = torch.arange(first, last)[None]
     cos_sin = MODEL.model.rotary_emb(torch.zeros(1), positions)
+    cache.begin()
     for layer in range(LAYERS):
         keys, values = states[layer, :, :, :, first:last]
         cache.receive(MODULES[layer], Step(positions, cos_sin, None))
@@ -87,6 +88,104 @@ def test_states_of_an_empty_layer() -> None:
     model = SUPPORTED["llama"].build()
     with pytest.raises(RuntimeError, match="Layer 0 of this cache is empty"):
         GSRQCache(random_codebooks(model), model).layers[0].states()
+
+
+def test_reset_ends_the_recording_of_drafts() -> None:
+    """Prompt lookup announces that it will crop; the next text is compressed as any other."""
+    model = SUPPORTED["gemma3"].build()
+    codebooks = random_codebooks(model)
+    used, fresh = (GSRQCache(codebooks, model, **OPTIONS) for _ in range(2))
+    model.generate(PROMPT[:1], past_key_values=used, max_new_tokens=5, prompt_lookup_num_tokens=3, do_sample=False)
+    assert used.get_seq_length() > 30
+    used.reset()
+    with torch.no_grad():
+        for cache in (used, fresh):
+            model(PROMPT, past_key_values=cache)
+    assert fresh.layers[1].num_stored == 25
+    assert_unchanged(used, contents(fresh))
+    assert not any(layer.record_past for layer in used.layers)
+
+
+def test_every_call_of_a_quantized_prefill_is_quantized() -> None:
+    """A text in parts reads what it reads as one: the codes."""
+    model = SUPPORTED["llama"].build()
+    codebooks, text = random_codebooks(model), PROMPT.view(1, 60)
+    seen = []
+    for size in (60, 20):
+        cache = GSRQCache(codebooks, model, residual_length=0, sink_length=0, quantize_prefill=True)
+        with torch.no_grad():
+            seen.append(torch.cat([model(part, past_key_values=cache).logits for part in text.split(size, 1)], 1))
+        assert [layer.num_stored for layer in cache.layers] == [60] * 3
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-4)
+
+
+def test_backend_is_that_of_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "choose", lambda *args: True)
+    states = torch.randint(-900, 900, (LAYERS, 2, 1, HEADS, 80, HEAD_DIM)) + 0.25
+    cache = GSRQCache(CODEBOOKS, MODEL, residual_length=0, chunk_length=1)
+    said = []
+    for first, last in ((0, 20), (20, 21), (21, 22), (22, 60), (60, 61)):
+        push(cache, states, first, last)
+        said.append(cache.backend)
+    assert said == ["torch", "triton", "triton", "torch", "triton"]
+    # A single token is never a prompt, however short the window: it waits there for the next.
+    assert [layer.num_stored for layer in cache.layers] == [60] * LAYERS
+    cache.reset()
+    assert cache.backend == "torch"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_inference_mode(name: str) -> None:
+    """What was made in inference mode goes on outside of it, and with gradients."""
+    model = SUPPORTED[name].build()
+    logits = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        # Codebooks of its own: centroids too are made in this mode.
+        codebooks = random_codebooks(model)
+        cache = GSRQCache(codebooks, model, **OPTIONS, max_length=100)
+        with mode():
+            model(PROMPT, past_key_values=cache)
+            for token in PROMPT.split(1, 1)[:5]:
+                model(token, past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            for layer in cache.layers:
+                layer.offload()
+                layer.prefetch()
+            cache = copy.deepcopy(cache)
+        out = [model(token, past_key_values=cache).logits for token in PROMPT.split(1, 1)[:20]]
+        out[-1].sum().backward()
+        model(PROMPT, past_key_values=GSRQCache(codebooks, model, **OPTIONS)).logits.sum().backward()
+        logits.append(torch.cat(out, 1).detach())
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_autocast(name: str) -> None:
+    """Keys that were rotated are float32 there, values bfloat16; outside of it both are float32 again."""
+    model = SUPPORTED[name].build()
+    codebooks = random_codebooks(model)
+    prompt, mask = padded_prompt()
+    results = {}
+    for kind in ("plain", "covered", "coded"):
+        window = OPTIONS if kind == "coded" else {"residual_length": 100}
+        cache = DynamicCache(config=model.config) if kind == "plain" else GSRQCache(codebooks, model, **window)
+        steps = []
+        for step in range(12):
+            tokens = prompt if step == 0 else prompt[:, step : step + 1]
+            seen = torch.cat([mask, mask.new_ones(2, step)], -1)
+            positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=step < 8):
+                out = model(tokens, attention_mask=seen, position_ids=positions, past_key_values=cache)
+            steps.append(out.logits[:, -1].float())
+            if kind == "coded" and step == 0:
+                for layer in cache.layers:
+                    for name, states in zip(("key", "value"), (layer.keys, layer.values), strict=True):
+                        assert layer.sinks[name].dtype == layer.quantizers[name].centroids.dtype == states.dtype
+                assert layer.values.dtype == torch.bfloat16
+        results[kind] = torch.stack(steps)
+    assert torch.equal(results["covered"], results["plain"])
+    assert cache.layers[0].num_stored > 30 and results["coded"].isfinite().all()
 
 
 def padded_prompt() -> tuple[torch.Tensor, torch.Tensor]:

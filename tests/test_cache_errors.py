@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -119,6 +121,64 @@ def test_a_model_that_was_never_attached(model: PreTrainedModel, cache: GSRQCach
     with pytest.raises(RuntimeError, match="detached, or never attached"):
         next_logits(other, cache)
     assert_unchanged(cache, before)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_decoder_called_with_a_positional_cache(name: str) -> None:
+    model = SUPPORTED[name].build()
+    codebooks = random_codebooks(model)
+    decoder = model.get_decoder()
+    place = list(inspect.signature(decoder.forward).parameters).index("past_key_values")
+    outputs = []
+    for positional in (False, True):
+        cache = GSRQCache(codebooks, model, **OPTIONS)
+        with torch.no_grad():
+            for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :4]):
+                arguments = (tokens, *[None] * (place - 1), cache)
+                out = decoder(*arguments) if positional else decoder(tokens, past_key_values=cache)
+        assert cache.get_seq_length() == cache.memory().tokens == 35
+        outputs.append(out[0])
+    assert torch.equal(*outputs)
+
+
+def test_layers_run_by_hand(model: PreTrainedModel, cache: GSRQCache) -> None:
+    """Nothing would say when their forward pass is complete."""
+    before, expected = contents(cache), next_logits(model, copy.deepcopy(cache))
+    positions = torch.arange(30, 34)[None]
+    hidden = model.model.embed_tokens(PROMPT[:, :4])
+    embeddings = model.model.rotary_emb(hidden, positions)
+    with pytest.raises(RuntimeError, match=r"run one by one.*call the model, or model.get_decoder\(\)"):
+        model.model.layers[0](hidden, position_ids=positions, past_key_values=cache, position_embeddings=embeddings)
+    assert_unchanged(cache, before)
+    assert torch.equal(next_logits(model, cache), expected)
+
+
+def test_pickling_names_what_to_do(cache: GSRQCache) -> None:
+    with pytest.raises(TypeError, match=r"cannot be pickled.*cache\.save\(path\)"):
+        pickle.dumps(cache)
+    assert_unchanged(copy.deepcopy(cache), contents(cache))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "legal"),
+    [
+        ("residual_length", -1, "an integer of at least 0, got -1"),
+        ("residual_length", True, "an integer of at least 0, got True"),
+        ("sink_length", 1.5, "an integer of at least 0, got 1.5"),
+        ("chunk_length", 0, "an integer of at least 1, got 0"),
+        ("beam_width", "2", "an integer of at least 1, got '2'"),
+        ("quantize_prefill", "no", "True or False, got 'no'"),
+        ("backend", "tritn", r"one of \('auto', 'torch', 'triton'\), got 'tritn'"),
+        ("max_length", 1e4, "an integer of at least 1 or None, got 10000.0"),
+        ("max_length", -3, "an integer of at least 1 or None, got -3"),
+    ],
+)
+def test_options_out_of_range(
+    name: str, value: object, legal: str, model: PreTrainedModel, codebooks: GSRQCodebooks
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be {legal}"):
+        GSRQCache(codebooks, model, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -252,9 +312,10 @@ def test_failed_selection_says_so_later(
 ) -> None:
     """Selecting rows is not undone, which would take twice the memory; the cache refuses to go on half-selected."""
     layer = cache.layers[1]
-    monkeypatch.setattr(layer, "batch_select_indices", fail_at(1, OUT_OF_MEMORY, layer.batch_select_indices))
-    with pytest.raises(torch.OutOfMemoryError):
-        cache.reorder_cache(torch.tensor([1, 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "reorder_cache", fail_at(1, OUT_OF_MEMORY, layer.reorder_cache))
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.reorder_cache(torch.tensor([1, 1]))
     with pytest.raises(RuntimeError, match=r"failed half-way.*reset"):
         next_logits(model, cache)
     cache.reset()

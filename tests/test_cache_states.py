@@ -154,6 +154,7 @@ class CacheMachine(RuleBasedStateMachine):
         cos, sin = self.tables(first, last)
         mask = (torch.arange(last) >= self.starts[:, None]).long()
         seen = []
+        cache.begin()
         for layer in range(layers):
             keys, values = (spell(tokens, layer, kind) + FRACTION for kind in (0, 1))
             keys = turn(keys, cos, sin) if layer == 0 else keys
@@ -177,8 +178,8 @@ class CacheMachine(RuleBasedStateMachine):
         seen = self.push(self.cache, tokens)
         self.cache.commit()
         self.tokens = torch.cat([self.tokens, tokens], 1)
-        prefill = not self.recording and ((before == 0 and count > 1) or count >= full)
-        due = prefill and self.length - self.left > keep
+        prefill = count > 1 and (before == 0 or count >= full or self.options["quantize_prefill"])
+        due = prefill and not self.recording and self.length - self.left > keep
         if due and self.options["quantize_prefill"]:
             self.left = self.length - keep
         for layer, states in enumerate(seen):
@@ -273,6 +274,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.length > MOST_TOKENS // 2)
     def restart(self, pads: list[int], first: int) -> None:
         self.cache.reset()
+        self.recording = False
         self.clear(pads)
         self.check_all()
         self.append(first)
@@ -307,7 +309,7 @@ def keep_stored(layer: GSRQLayer, num_stored: int) -> None:
 
 
 def unmoved_table(table: TokenTable, rows: torch.Tensor) -> None:
-    table._tables.clear()
+    table.forget_tables()
 
 
 def forgetful_snapshot(layer: GSRQLayer) -> dict:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +49,14 @@ def test_a_compiled_model_decodes_the_same_and_compiles_once() -> None:
     assert compiled[-1] > 0
     # Two tokens may differ from the prompt, and from each other, in what torch takes for fixed.
     assert len(set(compiled[-(TOKENS - PROMPT) + 2 :])) == 1
+
+
+def test_nothing_keeps_a_deleted_model() -> None:
+    model = SUPPORTED["llama"].build()
+    cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
+    with torch.no_grad():
+        model(torch.arange(PROMPT)[None], past_key_values=cache)
+    attention = weakref.ref(model.model.layers[0].self_attn)
+    del model, cache
+    gc.collect()
+    assert attention() is None

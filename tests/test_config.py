@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from transformers import (
+    CpmAntConfig,
     DeepseekV3Config,
+    FalconConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GPTBigCodeConfig,
     LlamaConfig,
     MambaConfig,
+    MiMoV2FlashConfig,
+    MiniMaxConfig,
     MistralConfig,
+    PreTrainedConfig,
     T5Config,
 )
 
 from transformers_gsrq import GSRQConfig
+from transformers_gsrq.config import head_geometry, stages_for_bits
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32, head_dim=128
@@ -68,6 +77,38 @@ def test_only_full_attention_layers_are_compressed() -> None:
     assert len(config.key_stages) == 2
 
 
+GEMMA_4 = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FALCON = {"hidden_size": 64, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_config", "geometry"),
+    [
+        (LLAMA_8B, (8, 128)),
+        (GPTBigCodeConfig(n_embd=64, n_head=4), (1, 16)),
+        (GPTBigCodeConfig(n_embd=64, n_head=4, num_key_value_heads=4), (1, 16)),
+        (GPTBigCodeConfig(n_embd=64, n_head=4, multi_query=False), (4, 16)),
+        (FalconConfig(**FALCON, multi_query=True), (1, 16)),
+        (FalconConfig(**FALCON, multi_query=False), (4, 16)),
+        # It repeats the heads before it caches them.
+        (FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2), (4, 16)),
+        (Gemma4TextConfig(**GEMMA_4, num_key_value_heads=2, head_dim=16, global_head_dim=32), (2, 32)),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_heads_are_those_of_the_compressed_layers(model_config: PreTrainedConfig, geometry: tuple[int, int]) -> None:
+    assert head_geometry(model_config) == geometry
+    config = GSRQConfig.for_model(model_config, bits=2.0, subspace_dim=4)
+    assert (config.num_kv_heads, config.head_dim) == geometry
+    config.check_model(model_config)
+
+
+def test_layers_of_different_heads_are_refused() -> None:
+    config = LlamaConfig(num_hidden_layers=2, per_layer_config={1: {"num_key_value_heads": 4}})
+    with pytest.raises(ValueError, match="Layers of 'llama' differ in heads and channels of a head"):
+        GSRQConfig.for_model(config, bits=1.0)
+
+
 @pytest.mark.parametrize(
     ("model_config", "reason"),
     [
@@ -75,6 +116,9 @@ def test_only_full_attention_layers_are_compressed() -> None:
         (DeepseekV3Config(), "multi-head latent attention"),
         (MistralConfig(sliding_window=128), "no layer with plain full attention"),
         (MambaConfig(), "no layer with plain full attention"),
+        (MiniMaxConfig(), "no cache but its own"),
+        (CpmAntConfig(), "the cache without its name"),
+        (MiMoV2FlashConfig(), "have 128 channels and key heads 192"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(model_config: object, reason: str) -> None:
@@ -127,3 +171,13 @@ def test_codebooks_of_another_model_are_refused(change: dict[str, object], named
     config.check_model(LLAMA_8B)
     with pytest.raises(ValueError, match=named):
         config.check_model(LlamaConfig(**{**LLAMA_8B.to_dict(), **change}))
+
+
+@pytest.mark.parametrize("subspace_dim", [48, 64, 80, 96, 112, 128])
+def test_the_values_that_a_message_names_are_accepted(subspace_dim: int) -> None:
+    for hundredths in range(25, 401, 7):
+        try:
+            stages_for_bits(hundredths / 100, subspace_dim)
+        except ValueError as error:
+            named = re.findall(r"[\d.]+(?= and |; or)", str(error).split("values are ")[1])
+            assert named and all(stages_for_bits(float(value), subspace_dim) >= 1 for value in named)

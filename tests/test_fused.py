@@ -8,16 +8,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, detach, fused
+from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, attach, detach, fused
 from transformers_gsrq.ops.triton import triton_version, unsupported_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,10 +186,108 @@ def test_an_unread_note_is_an_error(
     cache = make_cache(model, codebooks, "triton")
     mask = torch.ones(1, 21, dtype=torch.long)
     monkeypatch.setattr(fused, "choose", lambda *args: True)
+    # It would give the model our attention function again.
+    monkeypatch.setattr(fused, "begin", lambda *args: None)
     model.config._attn_implementation_internal = "sdpa"
     with pytest.raises(RuntimeError, match="newest tokens only"):
         decode(model, cache, mask, (1,))
     fused.route(model)
+
+
+def test_threads_find_their_own_notes(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
+    """Two threads run one model, each with its own cache, and both are between `update` and attention."""
+    module, both, found = model.model.layers[0].self_attn, threading.Barrier(2, timeout=60), {}
+
+    def run(cache: GSRQCache) -> None:
+        fused.expect(module, cache.layers[0])
+        both.wait()
+        found[cache] = fused._find_expected(module)
+
+    caches = [make_cache(model, codebooks, "auto") for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[cache] is cache.layers[0] for cache in caches)
+
+
+@pytest.fixture(scope="module")
+def sharing_model() -> Gemma4ForCausalLM:
+    """A model whose layer 1 hands what its cache returns to layer 3."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        global_head_dim=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=24,
+        pad_token_id=0,
+    )
+    return Gemma4ForCausalLM._from_config(config, attn_implementation="sdpa").to(DEVICE, torch.float16).eval()
+
+
+def test_shared_states_are_decoded_for_the_layers_that_share_them(sharing_model: Gemma4ForCausalLM) -> None:
+    codebooks = random_codebooks(sharing_model, bits=0.25, subspace_dim=64, num_centroids=256, key_space="after_rope")
+    assert codebooks.config.layers == (1,)
+    mask, results = torch.ones(1, 30, dtype=torch.long), []
+    for backend in ("torch", "auto"):
+        cache = make_cache(sharing_model, codebooks, backend)
+        results.append(decode(sharing_model, cache, mask, (1,) * 10))
+        assert cache.backend == "torch" and cache.layers[1].num_stored == 20
+    # Traced too, where the operator would give later layers the new states only.
+    graphs, cache = Graphs(), make_cache(sharing_model, codebooks, "auto")
+    results.append(decode(torch.compile(sharing_model, backend=graphs), cache, mask, (1,) * 10))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="later layers attend to the states of this one"):
+        decode(sharing_model, make_cache(sharing_model, codebooks, "triton"), mask, (1,) * 10)
+
+
+@pytest.mark.parametrize("change", ["detached", "another implementation", "another dtype"])
+def test_a_model_is_routed_again(model: LlamaForCausalLM, codebooks: GSRQCodebooks, change: str) -> None:
+    changed = copy.deepcopy(model)
+    if change == "another dtype":
+        detach(changed)
+        # Kernels take no float64, so nothing is routed when the cache is made.
+        changed.double()
+    cache = make_cache(changed, codebooks, "triton")
+    if change == "detached":
+        detach(changed)
+        attach(changed)
+    elif change == "another implementation":
+        changed.set_attn_implementation("eager")
+        changed.set_attn_implementation("sdpa")
+    changed.to(DEVICE, torch.float16)
+    decode(changed, cache, torch.ones(1, 21, dtype=torch.long), (1,))
+    assert cache.backend == "triton"
+
+
+@torch.no_grad()
+def test_positions_are_looked_at_again_after_a_crop(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
+    """Other tokens at other positions take the place of cropped ones, up to the same number of codes."""
+    tokens = (torch.arange(62) * 7 % 50)[None].to(DEVICE)
+    results = []
+    for backend in ("torch", "auto"):
+        cache = GSRQCache(codebooks, model, residual_length=0, chunk_length=8, sink_length=2, backend=backend)
+        model(tokens[:, :40], past_key_values=cache)
+        model(tokens[:, 40:41], past_key_values=cache)
+        assert cache.backend == ("torch" if backend == "torch" else "triton")
+        cache.crop(-21)
+        model(tokens[:, 41:61], position_ids=torch.arange(200, 220)[None].to(DEVICE), past_key_values=cache)
+        position = torch.tensor([[220]], device=DEVICE)
+        results.append(model(tokens[:, 61:], position_ids=position, past_key_values=cache).logits.float())
+        # Kernels take positions that follow one another.
+        assert cache.layers[0].num_stored == 40 and cache.backend == "torch"
+    assert (results[1] - results[0]).norm() < 5e-3 * results[0].norm()
 
 
 def test_memory_counts_the_key_tables(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:

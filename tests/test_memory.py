@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from types import FunctionType, ModuleType
+
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_gsrq import GSRQCache, GSRQCodebooks
+from tiny_models import SUPPORTED, random_codebooks
+from transformers_gsrq import GSRQCache, GSRQCodebooks, ResidualQuantizer
+from transformers_gsrq.rope import Rotary
 
 LENGTH = 2000
 
@@ -51,16 +58,68 @@ def test_every_other_byte_is_counted(cache: GSRQCache) -> None:
 
 
 def test_nothing_uncounted_is_held(cache: GSRQCache) -> None:
-    """All storages reachable from the layers, shared ones once, against the report."""
-    memory = cache.memory()
-    storages = {}
+    """All storages that Python can reach from the cache, shared ones once, against the report."""
+    assert reachable_bytes(cache) == cache.memory().cache
+    cache = copy.deepcopy(cache)
     for layer in cache.layers:
-        tensors = [layer.keys, layer.values, *layer.sinks.values(), *(b._data for b in layer.buffers.values())]
-        for tensor in tensors:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    for tensor in (cache.table.positions, cache.table.starts):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    assert sum(storages.values()) == memory.cache
+        layer.states()
+    assert reachable_bytes(cache) == cache.memory().cache
+
+
+# Codebooks, rotary embeddings and models are not the cache's own.
+NOT_OF_THE_CACHE = (GSRQCodebooks, ResidualQuantizer, Rotary, nn.Module, type, ModuleType, FunctionType)
+
+
+def reachable_bytes(cache: GSRQCache) -> int:
+    found, todo, storages = set(), [vars(cache)], {}
+    while todo:
+        thing = todo.pop()
+        if id(thing) in found or isinstance(thing, NOT_OF_THE_CACHE):
+            continue
+        found.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        else:
+            todo += gc.get_referents(thing)
+    return sum(storages.values())
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3", "gpt2"])
+def test_parts_of_larger_tensors(name: str) -> None:
+    """Views count as what they keep in memory: projections in one, windows that slid, and what a crop left."""
+    model = SUPPORTED[name].build()
+    cache = GSRQCache(random_codebooks(model), model, residual_length=200)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(torch.randint(3, 90, (2, 150)), past_key_values=cache)
+    token = 2 * 2 * model.config.hidden_size // model.config.num_attention_heads * 4
+    token *= getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    layers = len(cache.compressed_layers)
+    # What is kept is a tensor of its own, though Phi-3 and GPT-2 compute queries, keys and values in one.
+    assert cache.memory().window == 150 * layers * token
+    assert reachable_bytes(cache) == cache.memory().cache
+    # A crop copies nothing; the next token does.
+    cache.crop(-140)
+    assert cache.memory().window == 150 * layers * token
+    assert reachable_bytes(cache) == cache.memory().cache
+    with torch.no_grad():
+        model(torch.randint(3, 90, (2, 1)), past_key_values=cache)
+    memory = cache.memory()
+    assert memory.window == 11 * layers * token
+    assert reachable_bytes(cache) == memory.cache
+    assert memory.plain == 11 * layers * token + memory.native
+
+
+def test_sliding_layers_count_what_they_keep() -> None:
+    """After a prompt transformers' layer keeps all of it, of which it shows the window."""
+    model = SUPPORTED["gemma3"].build()
+    cache = GSRQCache(random_codebooks(model), model, residual_length=8)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (1, 400)), past_key_values=cache)
+    shown = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
+    assert cache.memory().native > 10 * shown
+    assert reachable_bytes(cache) == cache.memory().cache
 
 
 def test_the_report_reads_well(cache: GSRQCache) -> None:

@@ -48,7 +48,10 @@ def test_the_same_bytes(model: PreTrainedModel, codebooks: GSRQCodebooks, cache:
     assert os.listdir(path.parent) == [path.name]
     loaded = GSRQCache.load(path, codebooks, model)
     assert_unchanged(loaded, contents(cache))
-    assert loaded.options == cache.options and loaded.memory() == cache.memory()
+    assert loaded.options == cache.options
+    # Positions and sliding layers are parts of other tensors before, and tensors of their own after.
+    for part in ("tokens", "codes", "reserved", "sinks", "window", "codebooks"):
+        assert getattr(loaded.memory(), part) == getattr(cache.memory(), part)
     # Codes, window and sinks, not the codebooks.
     assert path.stat().st_size < cache.memory().cache + 8192
     assert torch.equal(next_logits(model, loaded, 20), next_logits(model, cache, 20))

@@ -115,6 +115,14 @@ def test_rotated_keys_are_encoded_before_rotation() -> None:
     torch.testing.assert_close(quantizer.decode(codes, cos_sin), rotate(quantizer.decode(codes), cos_sin))
 
 
+def test_codes_need_no_gradient() -> None:
+    """Centroids that were made in inference mode cannot be part of a graph, and codes have none."""
+    with torch.inference_mode():
+        quantizer = ResidualQuantizer(make_centroids(8), HEADS)
+    states = torch.randn(1, HEADS, 7, HEAD_DIM, requires_grad=True)
+    assert torch.equal(quantizer.encode(states), quantizer.encode(states.detach()))
+
+
 def test_bad_input_is_named() -> None:
     quantizer = ResidualQuantizer(make_centroids(8), HEADS, label="layer 7 key")
     states = torch.randn(1, HEADS, 3, HEAD_DIM)

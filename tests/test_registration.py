@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import configuration_utils
 
+from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, register, unregister
+from transformers_gsrq.registration import make_cache
 
 pytestmark = pytest.mark.host
 SmolLM2 = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -67,6 +71,46 @@ def test_a_folder_is_read_once_until_it_changes(
     assert used() is first
     tiny_codebooks.with_stages(3, 2).save_pretrained(tmp_path)
     assert used().config.stages("key")[0] == 3
+
+
+def test_only_the_latest_codebooks_of_a_model_are_kept(
+    smollm2: SmolLM2, tiny_codebooks: GSRQCodebooks, prompt: Prompt, tmp_path: Path
+) -> None:
+    def used(stages: int) -> weakref.ref[GSRQCodebooks]:
+        config = {"codebooks": str(tmp_path / str(stages))}
+        tiny_codebooks.with_stages(stages, stages).save_pretrained(config["codebooks"])
+        options = {"cache_implementation": "gsrq", "cache_config": config}
+        out = smollm2[0].generate(**prompt, max_new_tokens=2, return_dict_in_generate=True, **options)
+        return weakref.ref(out.past_key_values.codebooks)
+
+    first, second = used(1), used(2)
+    gc.collect()
+    assert first() is None and second() is not None
+
+
+def test_a_draft_by_early_exit_has_a_plain_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own settings name codebooks for all its layers, and the draft is its first layers only."""
+    model, ids = SUPPORTED["llama"].build(), (torch.arange(30) * 7 % 50)[None]
+    config = {"codebooks": random_codebooks(model), "residual_length": 8, "chunk_length": 4}
+    options = {"max_new_tokens": 10, "do_sample": False}
+    expected = model.generate(ids, assistant_early_exit=1, cache_implementation="gsrq", cache_config=config, **options)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "gsrq")
+    monkeypatch.setattr(model.generation_config, "cache_config", config)
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **options), expected)
+
+
+def test_a_generation_config_that_names_codebooks_by_a_string_is_saved(tmp_path: Path) -> None:
+    """The only way that JSON can hold, as the error for missing codebooks says."""
+    model, ids = SUPPORTED["llama"].build(), (torch.arange(30) * 7 % 50)[None]
+    random_codebooks(model).save_pretrained(tmp_path / "codebooks")
+    model.generation_config.cache_implementation = "gsrq"
+    model.generation_config.cache_config = {"codebooks": str(tmp_path / "codebooks"), "residual_length": 8}
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.generation_config.cache_config == model.generation_config.cache_config
+    assert torch.equal(again.generate(ids, max_new_tokens=5), model.generate(ids, max_new_tokens=5))
+    with pytest.raises(ValueError, match=r"in a GenerationConfig that is to be saved: .* as a string"):
+        make_cache(model, {}, 100)
 
 
 def test_bad_cache_configs_are_named(smollm2: SmolLM2, tiny_codebooks: GSRQCodebooks, prompt: Prompt) -> None:

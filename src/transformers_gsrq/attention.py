@@ -48,8 +48,8 @@ class SteppedCache(Cache):
         """Take the step of one attention module, just before its forward runs."""
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Undo a forward pass that ended without a word, as it does on Ctrl-C."""
+    def begin(self) -> None:
+        """Take note that a forward pass begins; the one before may have ended without a word, as it does on Ctrl-C."""
 
     def commit(self) -> None:
         """Take note that the forward pass is complete."""
@@ -95,19 +95,25 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, SteppedCache):
+    cache = _find_cache(args, kwargs)
+    if cache is not None:
         _prepare(module, cache)
+
+
+def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SteppedCache | None:
+    """The cache among the arguments of a decoder, whatever its name or place."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, SteppedCache)), None)
 
 
 @torch.compiler.disable
 def _prepare(decoder: nn.Module, cache: SteppedCache) -> None:
-    cache.settle()
+    cache.begin()
     if decoder not in _attached:
         # A copy of an attached model has its hooks.
         hooked = (part for part in decoder.modules() if _hand_over in part._forward_pre_hooks.values())
         _attached[decoder] = {int(part.layer_idx): part for part in hooked}  # type: ignore[arg-type]
     compiled.begin(cache, _attached[decoder])
+    fused.begin(decoder, cache)
 
 
 def _hand_over(
@@ -135,8 +141,8 @@ def _tell(module: nn.Module, cache: Any, step: Step) -> None:
 
 
 def _clean_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, SteppedCache):
+    cache = _find_cache(args, kwargs)
+    if cache is not None:
         # An always-called hook sees no output exactly when the forward raised.
         _finish(module, cache, output is not None)
 

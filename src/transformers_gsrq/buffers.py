@@ -1,4 +1,4 @@
-"""`CodeBuffer`: where a layer keeps its codes."""
+"""Where a layer keeps its codes, and what it keeps of the states it is given."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ class CodeBuffer:
     """Codes of one kind, uint8 `[B, M, R, capacity]`: appended, never rewritten.
 
     Stage-major with tokens contiguous, so that a kernel reads one stage of consecutive tokens in one go.
+
+    Codes are made outside of inference mode, whatever mode a call is in: what is made inside cannot be written to
+    outside.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, batch: int, code_shape: tuple[int, int], device: torch.device) -> None:
         self.length = 0
         self._data = torch.empty(batch, *code_shape, 0, dtype=torch.uint8, device=device)
@@ -23,6 +27,7 @@ class CodeBuffer:
         """The codes in use, `[B, M, R, length]`."""
         return self._data[..., : self.length]
 
+    @torch.inference_mode(False)
     def reserve(self, num_tokens: int, expected: int = 0) -> torch.Tensor:
         """Room for `num_tokens` more codes; `length` counts them once the caller has written them and says so."""
         needed = self.length + num_tokens
@@ -51,12 +56,14 @@ class CodeBuffer:
         self.reserve(codes.shape[-1]).copy_(codes)
         self.length = codes.shape[-1]
 
+    @torch.inference_mode(False)
     def select(self, rows: torch.Tensor) -> None:
         """Keep rows `rows` of the batch: one copy of the codes in use, the reserved room is only allocated."""
         kept = self._data.new_empty(rows.numel(), *self._data.shape[1:])
         torch.index_select(self.codes, 0, rows.to(self._data.device), out=kept[..., : self.length])
         self._data = kept
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> None:
         """Move the codes."""
         self._data = self._data.to(device)
@@ -66,3 +73,8 @@ class CodeBuffer:
         """Bytes in use and bytes reserved beyond them."""
         used = self.codes.numel()
         return used, self._data.numel() - used
+
+
+def own(states: torch.Tensor) -> torch.Tensor:
+    """These states, copied if they are only a part of what they would keep in memory."""
+    return states.clone() if states.untyped_storage().nbytes() > states.nbytes else states

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -16,55 +15,13 @@ from transformers import PreTrainedModel
 from . import fused, persistence
 from .attention import Step, SteppedCache, attach
 from .codebooks import GSRQCodebooks
-from .compat import native_layers, reset_layer, restart_length
-from .layer import CacheOptions, GSRQLayer
+from .compat import attributes, holds_states, native_layers, restart_length
+from .layer import GSRQLayer
+from .memory import MemoryReport, measure
+from .options import CacheOptions
 from .rope import attention_modules, read_rotary
 from .support import check_attention
 from .tokens import TokenTable
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes that a cache holds on its devices, and what a plain cache would hold for the same tokens.
-
-    Attributes:
-        tokens: Cached tokens of one row, padding included.
-        codes: Codes in use: R*M bytes per stored token, layer and kind.
-        reserved: Room for codes that later tokens will fill.
-        sinks: Exact first tokens.
-        window: Exact latest tokens.
-        positions: Token positions and row starts.
-        native: Layers that are not compressed (sliding window and others).
-        codebooks: Run-time centroids, and the key tables of the kernels; one set serves all caches of a model.
-        plain: What transformers' own cache would hold: every token in the model's dtype.
-    """
-
-    tokens: int
-    codes: int
-    reserved: int
-    sinks: int
-    window: int
-    positions: int
-    native: int
-    codebooks: int
-    plain: int
-
-    @property
-    def cache(self) -> int:
-        """Everything but the codebooks."""
-        return self.codes + self.reserved + self.sinks + self.window + self.positions + self.native
-
-    @property
-    def total(self) -> int:
-        """The cache and the codebooks."""
-        return self.cache + self.codebooks
-
-    def __str__(self) -> str:
-        names = ("codes", "reserved", "sinks", "window", "positions", "native", "codebooks", "total", "plain")
-        rows = [f"{name:<10}{getattr(self, name) / 2**20:>12,.3f} MiB" for name in names]
-        share = f"{self.cache / self.plain:.1%}" if self.plain else "-"
-        rows.append(f"{self.tokens} tokens; the cache without codebooks is {share} of a plain one.")
-        return "\n".join(rows)
 
 
 class GSRQCache(SteppedCache):
@@ -81,7 +38,7 @@ class GSRQCache(SteppedCache):
         chunk_length: Tokens that leave the window together while decoding.
         beam_width: Partial sums kept when encoding; wider is slower and nearer, decoding does not change.
         quantize_prefill: Let prompt tokens attend to what the cache stores instead of exact states. For honest
-            perplexities, usually with `residual_length=0, sink_length=0`.
+            perplexities, usually with `residual_length=0, sink_length=0`. Every call with several tokens is a prompt.
         backend: "auto" encodes and decodes by kernels where they can run and in torch where not; "triton" raises where
             they cannot run; "torch" never uses them.
         max_length: Tokens that will be cached at most, if known: room for codes is then allocated once.
@@ -103,12 +60,12 @@ class GSRQCache(SteppedCache):
         backend: str = "auto",
         max_length: int | None = None,
     ) -> None:
-        if not isinstance(codebooks, GSRQCodebooks):
-            codebooks = GSRQCodebooks.from_pretrained(codebooks)
-        self.codebooks = codebooks
         self.options = CacheOptions(
             residual_length, sink_length, chunk_length, beam_width, quantize_prefill, backend, max_length
         )
+        if not isinstance(codebooks, GSRQCodebooks):
+            codebooks = GSRQCodebooks.from_pretrained(codebooks)
+        self.codebooks = codebooks
         config = codebooks.config
         config.check_model(model.config)
         modules = attention_modules(model)
@@ -126,11 +83,25 @@ class GSRQCache(SteppedCache):
         if backend != "torch":
             fused.route(model)
         self._restart_length = restart_length(model.config)
-        self._undo: dict[int, dict[str, Any]] = {}
-        self._undo_table: dict[str, Any] = {}
+        # What the cache was before the forward pass that is running; None between passes.
+        self._undo: list[dict[str, Any]] | None = None
         self._broken = ""
         self._model = weakref.ref(model)
         self._modules = {index: weakref.ref(module) for index, module in modules.items()}
+        self._empty = self._snapshot()
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> GSRQCache:
+        # Outside of inference mode, so that a copy made inside can be written to outside, like its original.
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "A GSRQCache belongs to its model and cannot be pickled. Write it to a file with cache.save(path) and "
+            "read it with GSRQCache.load(path, codebooks, model); or copy it with copy.deepcopy(cache)."
+        )
 
     @property
     def compressed_layers(self) -> list[GSRQLayer]:
@@ -142,10 +113,9 @@ class GSRQCache(SteppedCache):
 
         Raises:
             ValueError: if another model than the cache's uses it.
-            RuntimeError: if an operation failed half-way that could not be undone.
+            RuntimeError: if no forward pass was begun.
         """
-        if self._broken:
-            raise RuntimeError(f"{self._broken} Call cache.reset() and start again with the whole text.")
+        self._check_begun()
         index: Any = module.layer_idx
         if self._modules[index]() is not module:
             raise ValueError(
@@ -165,19 +135,21 @@ class GSRQCache(SteppedCache):
         If it fails, or anything later in the forward pass does, the whole cache is as it was before that pass.
 
         Raises:
+            RuntimeError: if no forward pass was begun.
             ValueError: if the context would reach a length at which the model starts over without this cache.
         """
-        if not self._undo:
-            self._undo_table = self.table.snapshot()
-        if layer_idx not in self._undo:
-            layer = self.layers[layer_idx]
-            self._undo[layer_idx] = layer.snapshot() if isinstance(layer, GSRQLayer) else dict(vars(layer))
-        try:
-            self._check_restart(layer_idx, key_states.shape[-2])
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except BaseException:
-            self.roll_back()
-            raise
+        self._check_begun()
+        self._check_restart(layer_idx, key_states.shape[-2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_begun(self) -> None:
+        if self._undo is None:
+            self._break_if_changed()
+            raise RuntimeError(
+                "This cache was not told that a forward pass begins: its model was detached, or never attached, or "
+                "its layers are run one by one. Call transformers_gsrq.attach(model), or make a new GSRQCache with "
+                "model=model; and call the model, or model.get_decoder(), not its layers."
+            )
 
     def _check_restart(self, layer_idx: int, new: int) -> None:
         before, limit = self.layers[layer_idx].get_seq_length(), self._restart_length
@@ -191,36 +163,53 @@ class GSRQCache(SteppedCache):
     @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens cached by complete forward passes, padding included; a later layer's own count if it is asked for."""
-        if self._undo and layer_idx == 0:
-            return self._undo_table["length"]
+        if self._undo is not None and layer_idx == 0:
+            return self._undo[-1]["length"]
         return super().get_seq_length(layer_idx)
 
-    def settle(self) -> None:
-        """Undo a forward pass that ended without a word: hooks are told of errors, not of Ctrl-C."""
-        if self._undo:
-            self.roll_back()
+    def begin(self) -> None:
+        """Take note that a forward pass begins (called by the hooks of `attach`).
+
+        Raises:
+            RuntimeError: if an operation failed half-way that could not be undone.
+        """
+        self.roll_back()
+        if self._broken:
+            raise RuntimeError(f"{self._broken} Call cache.reset() and start again with the whole text.")
+        self._undo = self._snapshot()
 
     def commit(self) -> None:
         """Forget how to undo the last forward pass; it is complete (called by the hooks of `attach`)."""
-        self._undo.clear()
-        self._undo_table = {}
+        self._undo = None
+        self.table.forget_tables()
 
     def roll_back(self) -> None:
-        """Make the cache what it was before the forward pass that is running (called when it fails)."""
-        for index, snapshot in self._undo.items():
-            layer = self.layers[index]
+        """Make the cache what it was before the forward pass that is running, if one is (called when it fails).
+
+        Hooks are told of errors, but not of Ctrl-C; then the next use of the cache does it.
+        """
+        if self._undo is not None:
+            self._restore(self._undo)
+            self.commit()
+            self._break_if_changed()
+
+    def _break_if_changed(self) -> None:
+        if any(map(holds_states, self.layers)):
+            self._broken = "A forward pass failed, and the linear-attention states of this cache change in place."
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        """References to what each layer and then the table hold: enough for `_restore`, and nothing is copied."""
+        layers = (layer.snapshot() if isinstance(layer, GSRQLayer) else attributes(layer) for layer in self.layers)
+        return [*layers, self.table.snapshot()]
+
+    def _restore(self, snapshot: list[dict[str, Any]]) -> None:
+        for layer, held in zip(self.layers, snapshot[:-1], strict=True):
             if isinstance(layer, GSRQLayer):
-                layer.restore(snapshot)
+                layer.restore(held)
             else:
                 vars(layer).clear()
-                vars(layer).update(snapshot)
-        if self._undo_table:
-            self.table.restore(self._undo_table)
-        for layer in self.compressed_layers:
-            layer.forget_step()
-        self.commit()
-        if any(self.is_linear):
-            self._broken = "A forward pass failed, and the linear-attention states of this cache changed in place."
+                vars(layer).update(held)
+        self.table.restore(snapshot[-1])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of every layer, or of none if that fails.
@@ -233,29 +222,25 @@ class GSRQCache(SteppedCache):
             RuntimeError: if a layer with a sliding window dropped the tokens that would be its latest again; call
                 `activate_past_recording` before the tokens come that may be removed.
         """
-        self.settle()
+        self.roll_back()
         length = self.get_seq_length()
         if not -length <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop(-n) removes the last n tokens, n from 0 to the {length} cached ones; got {tokens_to_remove}."
             )
-        before = [dict(vars(layer)) for layer in self.layers]
+        before = self._snapshot()
         try:
             super().crop(tokens_to_remove)
         except BaseException:
-            for layer, snapshot in zip(self.layers, before, strict=True):
-                if isinstance(layer, GSRQLayer):
-                    layer.restore(snapshot)
-                else:
-                    vars(layer).update(snapshot)
+            self._restore(before)
             raise
         self.table.truncate(length + tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything; the cache can be used for another text."""
-        for layer in self.layers:
-            reset_layer(layer)
-        self.table.reset()
+        """Forget everything, `activate_past_recording` too; the cache can be used for another text."""
+        self._restore(self._empty)
+        # The layers change what they were just given.
+        self._empty = self._snapshot()
         self.commit()
         self._broken = ""
 
@@ -269,7 +254,7 @@ class GSRQCache(SteppedCache):
         if rows is not None:
             if beam_idx.shape != (rows,):
                 raise ValueError(f"reorder_cache needs {rows} rows, got a tensor of shape {tuple(beam_idx.shape)}.")
-            self._select(super().reorder_cache, beam_idx, self._row_indices(beam_idx, rows))
+            self._select(self._row_indices(beam_idx, rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, copies next to each other.
@@ -281,7 +266,7 @@ class GSRQCache(SteppedCache):
             raise ValueError(f"batch_repeat_interleave needs a positive number of repeats, got {repeats}.")
         rows = self._num_rows()
         if rows is not None:
-            self._select(super().batch_repeat_interleave, repeats, torch.arange(rows).repeat_interleave(repeats))
+            self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order; indices or a boolean mask.
@@ -291,13 +276,11 @@ class GSRQCache(SteppedCache):
         """
         rows = self._num_rows()
         if rows is not None:
-            # On the CPU, where layers of every device can take them from.
-            chosen = self._row_indices(indices, rows).cpu()
-            self._select(super().batch_select_indices, chosen, chosen)
+            self._select(self._row_indices(indices, rows))
 
     def _num_rows(self) -> int | None:
         """Rows B of the cached batch, None while nothing is cached."""
-        self.settle()
+        self.roll_back()
         return next((layer.keys.shape[0] for layer in self.compressed_layers if layer.is_initialized), None)
 
     @staticmethod
@@ -311,9 +294,11 @@ class GSRQCache(SteppedCache):
             raise ValueError(f"Rows must be one or more indices from 0 to {rows - 1}, got {indices.tolist()}.")
         return indices
 
-    def _select(self, operation: Callable[[Any], None], argument: Any, rows: torch.Tensor) -> None:
+    def _select(self, rows: torch.Tensor) -> None:
         try:
-            operation(argument)
+            # The one such operation that transformers' layers of every kind have; it takes any number of rows.
+            for layer in self.layers:
+                layer.reorder_cache(rows)
             self.table.select(rows)
         except BaseException:
             # Undoing would mean to hold the whole cache twice.
@@ -337,7 +322,7 @@ class GSRQCache(SteppedCache):
             ValueError: if the cache is empty, or has layers of a kind that cannot be saved (linear attention).
             RuntimeError: if its model is gone.
         """
-        self.settle()
+        self.roll_back()
         if self._model() is None:
             raise RuntimeError("The model of this cache was deleted, so the file could not say which one it was.")
         fingerprint = persistence.fingerprint(self._model())
@@ -374,34 +359,5 @@ class GSRQCache(SteppedCache):
 
     def memory(self) -> MemoryReport:
         """Bytes held now; everything is counted, codebooks too."""
-        self.settle()
-        compressed = [layer for layer in self.compressed_layers if layer.is_initialized]
-        codes = [buffer.nbytes for layer in compressed for buffer in layer.buffers.values()]
-        config = self.codebooks.config
-        native = sum(
-            _nbytes(layer.keys) + _nbytes(layer.values)
-            for layer in self.layers
-            if not isinstance(layer, GSRQLayer) and getattr(layer, "keys", None) is not None
-        )
-        plain = native
-        codebooks = config.codebook_bytes
-        if compressed:
-            element = compressed[0].keys.element_size()
-            plain += compressed[0].keys.shape[0] * self.get_seq_length() * config.dense_bytes_per_token(element)
-            codebooks = codebooks // 2 * element
-            codebooks += sum(map(fused.table_bytes, compressed))
-        return MemoryReport(
-            tokens=self.get_seq_length(),
-            codes=sum(used for used, _ in codes),
-            reserved=sum(reserved for _, reserved in codes),
-            sinks=sum(_nbytes(sinks) for layer in compressed for sinks in layer.sinks.values()),
-            window=sum(_nbytes(layer.keys) + _nbytes(layer.values) for layer in compressed),
-            positions=self.table.nbytes,
-            native=native,
-            codebooks=codebooks,
-            plain=plain,
-        )
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        self.roll_back()
+        return measure(self.layers, self.table, self.codebooks.config)

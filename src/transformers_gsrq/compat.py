@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -87,12 +88,19 @@ def native_layers(config: PreTrainedConfig) -> list[CacheLayerMixin]:
     return DynamicCache(config=config).layers
 
 
-def reset_layer(layer: CacheLayerMixin) -> None:
-    """Empty a native cache layer; in transformers 5.17 `reset` leaves zeros that new tokens are appended to."""
-    layer.reset()
-    if isinstance(layer, DynamicLayer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
+def attributes(layer: CacheLayerMixin) -> dict[str, Any]:
+    """What a native cache layer holds, by reference; new tokens do not change the result, but see `holds_states`.
+
+    Putting it back undoes a crop or a forward pass, and empties a layer where `reset` does not: in transformers 5.17
+    that leaves zeros that new tokens are appended to, and in no version does it end the recording of the past.
+    """
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+
+def holds_states(layer: CacheLayerMixin) -> bool:
+    """Whether a native cache layer holds states of linear attention, which models change in place."""
+    states = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return any(state is not None for each in states for state in each.values())
 
 
 def restart_length(config: PreTrainedConfig) -> int | None:

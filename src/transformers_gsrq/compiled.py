@@ -52,7 +52,8 @@ class PassThrough:
 
 def begin(cache: SteppedCache, modules: Mapping[int, nn.Module]) -> None:
     """Take note of the cache and the attention modules, by layer, of the forward pass that begins."""
-    _running.cache, _running.modules = weakref.ref(cache), modules
+    # Weakly: the note stays until this thread's next forward pass, and a model may be deleted before that.
+    _running.cache, _running.modules = weakref.ref(cache), weakref.WeakValueDictionary(modules)
 
 
 def check_taken(modules: Mapping[int, nn.Module]) -> None:

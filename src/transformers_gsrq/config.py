@@ -15,9 +15,16 @@ FORMAT_VERSION = 1
 KEY_SPACES = ("before_rope", "after_rope")
 SPLITS = ("paper", "measured")
 MIN_BITS, MAX_BITS = 0.25, 4.0
+# Relative difference between bits and whole stages that is taken for rounding.
+ROUNDING = 1e-4
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, ...] = ("key", "value")
+# Models that cannot take a cache of ours, and how they say no other way.
+REFUSED = {
+    "cpmant": "hands its attention layers the cache without its name, so keys cannot be matched with their positions",
+    "minimax": "takes no cache but its own",
+}
 # Widths for codebooks: the paper's 128 where the geometry allows it, else the nearest that does (docs/method.md).
 PREFERRED_SUBSPACE_DIM = 128
 
@@ -271,14 +278,16 @@ def stages_for_bits(bits: float, subspace_dim: int, name: str = "bits") -> int:
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{name} must be {MIN_BITS} to {MAX_BITS}, got {bits}.")
     stages = bits * subspace_dim / 8
-    if stages != int(stages):
-        low = max(1, int(stages))
-        nearest = sorted({low * 8 / subspace_dim, (low + 1) * 8 / subspace_dim})
+    # The values that the message lists are rounded too, and must be accepted.
+    if round(stages) < 1 or abs(stages - round(stages)) > ROUNDING * stages:
+        around = (count * 8 / subspace_dim for count in (int(stages), int(stages) + 1))
+        nearest = [f"{value:g}" for value in around if MIN_BITS <= value <= MAX_BITS]
+        legal = f"The nearest legal values are {' and '.join(nearest)}; or choose" if nearest else "Choose"
         raise ValueError(
             f"{name}={bits} is {stages:g} stages of one byte for {subspace_dim} channels, which is not whole. "
-            f"The nearest legal values are {' and '.join(f'{b:g}' for b in nearest)}; or choose another subspace_dim."
+            f"{legal} another subspace_dim."
         )
-    return int(stages)
+    return round(stages)
 
 
 def measured_split(key_stages: int, value_stages: int, dims: Sequence[int]) -> tuple[int, int]:
@@ -309,6 +318,8 @@ def compressible_layers(model_config: PreTrainedConfig) -> tuple[int, ...]:
         ValueError: by name, for encoder-decoders, multi-head latent attention, and models without such a layer.
     """
     name = model_config.model_type
+    if name in REFUSED:
+        raise ValueError(f"{name!r} {REFUSED[name]}; it is not supported.")
     if model_config.is_encoder_decoder:
         raise ValueError(f"{name!r} is an encoder-decoder; only decoder-only models are supported.")
     text_config = model_config.get_text_config(decoder=True)
@@ -327,10 +338,34 @@ def compressible_layers(model_config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def head_geometry(text_config: PreTrainedConfig) -> tuple[int, int]:
-    """`(H, D)`: key/value heads and channels of a head."""
-    num_heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    return getattr(text_config, "num_key_value_heads", None) or num_heads, head_dim
+    """`(H, D)`: key/value heads of a compressed layer and channels of a head.
+
+    Raises:
+        ValueError: if values have other channels than keys, or layers other heads than one another.
+    """
+    layers = compressible_layers(text_config)
+    found = {layer: _layer_geometry(text_config.per_layer_config[layer]) for layer in layers}
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"Layers of {text_config.model_type!r} differ in heads and channels of a head ({found}); only layers of "
+            "one geometry can be compressed."
+        )
+    return found[layers[0]]
+
+
+def _layer_geometry(config: PreTrainedConfig) -> tuple[int, int]:
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    value_dim = getattr(config, "v_head_dim", None) or head_dim
+    if value_dim != head_dim:
+        raise ValueError(
+            f"Value heads of {config.model_type!r} have {value_dim} channels and key heads {head_dim}; only heads of "
+            "one width are supported."
+        )
+    # Falcon's newer architecture repeats its key/value heads before it caches them, whatever multi_query says.
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1, head_dim
+    return getattr(config, "num_key_value_heads", None) or num_heads, head_dim
 
 
 def full_attention_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ one, so in every prefill and for every other cache, it calls the original.
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from .ops.triton.encode_biases import bias_bytes
 from .rope import Rotary
 
 if TYPE_CHECKING:
-    from .attention import Step
+    from .attention import Step, SteppedCache
     from .layer import GSRQLayer
     from .ops.triton.key_tables import KeyTables
     from .tokens import TokenTable
@@ -39,10 +40,19 @@ PREFIX = "gsrq_"
 # Implementations whose decoding we can replace; their masks are None or boolean.
 ROUTED = ("sdpa",)
 
-_expected: WeakKeyDictionary[nn.Module, GSRQLayer] = WeakKeyDictionary()
 _places: WeakKeyDictionary[TokenTable, dict[torch.device, Places]] = WeakKeyDictionary()
 _key_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _turned: WeakKeyDictionary[Rotary, WeakIdKeyDictionary] = WeakKeyDictionary()
+
+
+class _Notes(threading.local):
+    """What `expect` left for the forward pass of this thread; another thread may run the same modules."""
+
+    def __init__(self) -> None:
+        self.layers: WeakKeyDictionary[nn.Module, GSRQLayer] = WeakKeyDictionary()
+
+
+_expected = _Notes()
 
 
 @dataclass
@@ -69,7 +79,10 @@ class Places:
 
 
 def find_places(table: TokenTable, num_stored: int, sink_length: int, device: torch.device) -> Places:
-    """Look up or work out `Places`; one synchronization for each chunk of tokens that is compressed."""
+    """Look up or work out `Places`; one synchronization for each chunk of tokens that is compressed.
+
+    What is looked up still holds, since `begin` drops it when a crop has gone below it.
+    """
     found = _places.setdefault(table, {}).get(device)
     if found is not None and found.num_stored == num_stored and found.source is table.starts:
         return found
@@ -130,8 +143,12 @@ def reason_against(layer: GSRQLayer, step: Step, states: torch.Tensor) -> str | 
     reason = _kernel_reason(layer, states.shape[-2])
     if reason:
         return reason
+    if module is not None and shares_states(module):
+        return "later layers attend to the states of this one, and need all of them"
     if module is None or not is_routed(module):
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation in ROUTED:
+            return "the model's first parameter has a device or dtype that the kernels do not take"
         return f"the model's attention implementation is {implementation!r}, and only {ROUTED} can be replaced"
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4):
         return "the attention mask is not a boolean [B, heads, Q, T] tensor"
@@ -210,12 +227,12 @@ def table_bytes(layer: GSRQLayer) -> int:
 
 def expect(module: nn.Module, layer: GSRQLayer) -> None:
     """Let the next attention of `module` read `layer`, which has taken the new states already."""
-    _expected[module] = layer
+    _expected.layers[module] = layer
 
 
 def forget(module: nn.Module) -> None:
     """Drop a note that an interrupted forward pass left."""
-    _expected.pop(module, None)
+    _expected.layers.pop(module, None)
 
 
 def check_read(decoder: nn.Module) -> None:
@@ -224,7 +241,7 @@ def check_read(decoder: nn.Module) -> None:
     Raises:
         RuntimeError: if an attention module took only the new states for all there are.
     """
-    if _expected and any(module in _expected for module in decoder.modules()):
+    if _expected.layers and any(module in _expected.layers for module in decoder.modules()):
         raise RuntimeError(
             "An attention module of this model does not call the attention function of its config, so it attended to "
             "the newest tokens only. Use GSRQCache(..., backend='torch') with this model."
@@ -272,7 +289,7 @@ def attend(
 
 @torch.compiler.disable
 def _find_expected(module: nn.Module) -> GSRQLayer | None:
-    return _expected.pop(module, None)
+    return _expected.layers.pop(module, None)
 
 
 def _sdpa(
@@ -298,6 +315,24 @@ def _sdpa(
     return attend(layer, query, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
+def begin(decoder: PreTrainedModel, cache: SteppedCache) -> None:
+    """Make ready for a forward pass: what was done for the last one may no longer hold.
+
+    A model loses our attention function when it is detached or given another, and can first take it when it is moved
+    to another device or dtype. Tokens that were cropped may be replaced by others, at other positions; a mask may be
+    the same tensor with other numbers in it.
+    """
+    options = getattr(cache, "options", None)
+    if options is not None and options.backend != "torch" and decoder.config._attn_implementation in ROUTED:
+        route(decoder)
+    table: Any = getattr(cache, "table", None)
+    if table in _places:
+        kept = {device: found for device, found in _places[table].items() if found.num_stored <= table.length}
+        for found in kept.values():
+            found.mask = None
+        _places[table] = kept
+
+
 def route(model: PreTrainedModel) -> None:
     """Make a model call our attention function where kernels can run on its device; else change nothing."""
     parameter = next(model.parameters(), None)
@@ -312,9 +347,15 @@ def route(model: PreTrainedModel) -> None:
             config._attn_implementation_internal = PREFIX + config._attn_implementation
 
 
+def shares_states(module: nn.Module) -> bool:
+    """Whether a module hands what its cache returns to later layers, or is one of those (Gemma 3n, Gemma 4)."""
+    return any(getattr(module, name, False) for name in ("store_full_length_kv", "is_kv_shared_layer"))
+
+
 def is_routed(module: nn.Module) -> bool:
-    """Whether an attention module calls our attention function."""
-    return str(getattr(getattr(module, "config", None), "_attn_implementation", None)).startswith(PREFIX)
+    """Whether an attention module calls our attention function, and may be given the new states only."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return str(implementation).startswith(PREFIX) and not shares_states(module)
 
 
 def unroute(model: PreTrainedModel) -> None:

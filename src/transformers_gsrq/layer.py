@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +9,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import fused
 from .attention import Step
-from .buffers import CodeBuffer
+from .buffers import CodeBuffer, own
 from .codebooks import GSRQCodebooks
+from .config import KINDS, Kind
+from .options import CacheOptions as CacheOptions
 from .quantizer import ResidualQuantizer
 from .rope import Rotary
 from .tokens import TokenTable
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Run-time choices of a cache; see `GSRQCache`."""
-
-    residual_length: int = 128
-    sink_length: int = 4
-    chunk_length: int = 64
-    beam_width: int = 1
-    quantize_prefill: bool = False
-    backend: str = "auto"
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("residual_length", 0), ("sink_length", 0), ("chunk_length", 1), ("beam_width", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 class GSRQLayer(CacheLayerMixin):
@@ -108,7 +90,8 @@ class GSRQLayer(CacheLayerMixin):
             ValueError: if heads or channels differ from the codebooks'.
         """
         config = self.codebooks.config
-        for kind, states in (("key", key_states), ("value", value_states)):
+        given: dict[Kind, torch.Tensor] = {"key": key_states, "value": value_states}
+        for kind, states in given.items():
             if (states.shape[1], states.shape[3]) != (config.num_kv_heads, config.head_dim):
                 raise ValueError(
                     f"Layer {self.index} has {states.shape[1]} {kind} heads of {states.shape[3]} channels, the "
@@ -116,21 +99,21 @@ class GSRQLayer(CacheLayerMixin):
                     "different sizes are not supported."
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch = key_states.shape[0]
+        # Under autocast keys, which were rotated in float32, and values differ in dtype.
         self.quantizers = {
             kind: ResidualQuantizer(
-                self.codebooks.centroids(self.index, kind, self.device, self.dtype),
+                self.codebooks.centroids(self.index, kind, self.device, given[kind].dtype),
                 config.num_kv_heads,
                 self.options.backend,
                 f"layer {self.index} {kind}",
             )
-            for kind in ("key", "value")
+            for kind in KINDS
         }
-        self.buffers = {kind: CodeBuffer(batch, q.code_shape, self.device) for kind, q in self.quantizers.items()}
+        shape = key_states.shape[0], config.num_kv_heads, self.options.sink_length, config.head_dim
+        self.buffers = {kind: CodeBuffer(shape[0], q.code_shape, self.device) for kind, q in self.quantizers.items()}
         self.keys = key_states[:, :, :0].clone()
         self.values = value_states[:, :, :0].clone()
-        sinks = key_states.new_zeros(batch, config.num_kv_heads, self.options.sink_length, config.head_dim)
-        self.sinks = {"key": sinks, "value": sinks.clone()}
+        self.sinks = {kind: states.new_zeros(shape) for kind, states in given.items()}
         self.is_initialized = True
 
     def update(
@@ -139,7 +122,8 @@ class GSRQLayer(CacheLayerMixin):
         """Add new states and return all of them, the compressed ones decoded.
 
         What is due is compressed before the new states are appended, so that a draft that is rejected later never
-        causes a compression. Only a prefill is compressed at once, unless the caller announced that it will crop.
+        causes a compression. Only a prefill is compressed at once, unless the caller announced that it will crop. A
+        prefill is a call with several tokens: the first, a long one, and with `quantize_prefill` any.
 
         Args:
             key_states: `[B, H, T, D]`, after rotary embedding.
@@ -153,7 +137,7 @@ class GSRQLayer(CacheLayerMixin):
             RuntimeError: if the model handed over no step: it is not attached, or was detached.
             ValueError: if the batch is not the cached one, or a state that leaves the window is NaN or infinite.
         """
-        step, self._step = self._step, None
+        step, self._step, self.ran = self._step, None, "torch"
         if step is None:
             raise RuntimeError(
                 f"Layer {self.index} of this cache was updated without being told the positions: the model was "
@@ -173,19 +157,19 @@ class GSRQLayer(CacheLayerMixin):
         window = self.keys.shape[-2]
         keys = torch.cat([self.keys, key_states], -2) if window else key_states
         values = torch.cat([self.values, value_states], -2) if window else value_states
-        prefill = not self.record_past and ((before == 0 and new > 1) or new >= full)
-        due = window + new - keep
-        if not (prefill and due > 0) and self._reads_codes(step, key_states):
-            self.keys, self.values = keys, values
+        prefill = new > 1 and (before == 0 or new >= full or self.options.quantize_prefill)
+        due = window + new - keep if prefill and not self.record_past else 0
+        if due <= 0 and self._reads_codes(step, key_states):
+            self.keys, self.values = own(keys), own(values)
             return key_states, value_states
-        if prefill and due > 0 and self.options.quantize_prefill:
+        if due > 0 and self.options.quantize_prefill:
             self._compress(keys, values, due)
             return self._all_states(self.keys, self.values)
         states = self._all_states(keys, values)
-        if prefill and due > 0:
+        if due > 0:
             self._compress(keys, values, due)
         else:
-            self.keys, self.values = keys, values
+            self.keys, self.values = own(keys), own(values)
         return states
 
     def _reads_codes(self, step: Step, key_states: torch.Tensor) -> bool:
@@ -193,9 +177,10 @@ class GSRQLayer(CacheLayerMixin):
         if self.buffers["key"].length == 0 or key_states.shape[-2] > fused.MAX_QUERIES:
             return False
         kernels = fused.choose(self, step, key_states)
-        self.ran = "triton" if kernels else "torch"
-        if kernels and step.module is not None:
-            fused.expect(step.module, self)
+        if kernels:
+            self.ran = "triton"
+            if step.module is not None:
+                fused.expect(step.module, self)
         return kernels
 
     def _check_batch(self, rows: int) -> None:
@@ -233,7 +218,7 @@ class GSRQLayer(CacheLayerMixin):
                 self.quantizers[kind].encode(
                     states[kind][:, :, coded - first :], cos_sin, self.options.beam_width, out=room
                 )
-        sinks = {kind: self._with_sinks(kind, states[kind], first, last) for kind in states}
+        sinks = {kind: self._with_sinks(kind, states[kind], first, last) for kind in KINDS}
         # Nothing above changed what is cached; from here on nothing can fail.
         window = {"key": keys[:, :, count:].clone(), "value": values[:, :, count:].clone()}
         self.keys, self.values, self.sinks = window["key"], window["value"], sinks
@@ -257,7 +242,7 @@ class GSRQLayer(CacheLayerMixin):
             return None
         return self.table.cos_sin(self._active_rotary or self.rotary, first, last, dtype, self.device)
 
-    def _with_sinks(self, kind: str, states: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _with_sinks(self, kind: Kind, states: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The sinks once tokens `first` to `last`, whose exact `states` these are, have left the window."""
         sinks = self.sinks[kind]
         if sinks.shape[2] == 0:
@@ -285,7 +270,9 @@ class GSRQLayer(CacheLayerMixin):
         if not self.is_initialized:
             raise RuntimeError(f"Layer {self.index} of this cache is empty: it has no states yet.")
         self.prefetch()
-        return self._all_states(self.keys, self.values)
+        states = self._all_states(self.keys, self.values)
+        self.table.forget_tables()
+        return states
 
     def _all_states(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States of all tokens: the stored ones, then these exact ones."""
@@ -293,7 +280,7 @@ class GSRQLayer(CacheLayerMixin):
             return keys, values
         return self._join("key", keys), self._join("value", values)
 
-    def _join(self, kind: str, window: torch.Tensor) -> torch.Tensor:
+    def _join(self, kind: Kind, window: torch.Tensor) -> torch.Tensor:
         batch, num_heads, length, head_dim = window.shape
         out = window.new_empty(batch, num_heads, self.num_stored + length, head_dim)
         out[:, :, self.num_stored :] = window
@@ -304,7 +291,7 @@ class GSRQLayer(CacheLayerMixin):
             self.quantizers[kind].decode(self.buffers[kind].codes, cos_sin, out=out[:, :, skip : self.num_stored])
         if skip:
             out[:, :, :skip] = 0
-            sinks = self.sinks[kind][:, :, :skip]
+            sinks = self.sinks[kind][:, :, :skip].to(out.dtype)
             if self.table.padded:
                 token = self._sink_tokens()[:, :skip]
                 # A sink still in the window goes to token 0, which is padding wherever that happens.
@@ -349,7 +336,7 @@ class GSRQLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything held, by name: what `fill` takes."""
         out = {"keys": self.keys, "values": self.values}
-        for kind in ("key", "value"):
+        for kind in KINDS:
             out[f"{kind}_sinks"], out[f"{kind}_codes"] = self.sinks[kind], self.buffers[kind].codes
         return out
 
@@ -361,7 +348,7 @@ class GSRQLayer(CacheLayerMixin):
         """
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values = tensors["keys"], tensors["values"]
-        self.sinks = {kind: tensors[f"{kind}_sinks"] for kind in ("key", "value")}
+        self.sinks = {kind: tensors[f"{kind}_sinks"] for kind in KINDS}
         for kind, buffer in self.buffers.items():
             buffer.fill(tensors[f"{kind}_codes"])
         self.num_stored = num_stored
@@ -373,14 +360,14 @@ class GSRQLayer(CacheLayerMixin):
         return dict(self.__dict__)
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Be as at the time of `snapshot`; only for undoing an update or a crop."""
+        """Be as at the time of `snapshot`; only for undoing what came since."""
         self.__dict__.clear()
         self.__dict__.update(snapshot, _step=None)
         if self.is_initialized:
             self._set_stored(self.num_stored)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget every token."""
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self.num_stored = 0
@@ -389,19 +376,9 @@ class GSRQLayer(CacheLayerMixin):
             self.__dict__.pop(name, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Give each row the past of row `beam_idx[row]`; the cache has checked `beam_idx`."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times, copies next to each other."""
+        """Keep these rows of the batch, in this order, as many as there are; the cache has checked them."""
         if self.is_initialized:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        if self.is_initialized:
-            rows = indices.to(self.keys.device)
+            rows = beam_idx.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
             self.sinks = {kind: sinks.index_select(0, rows) for kind, sinks in self.sinks.items()}
             for buffer in self.buffers.values():

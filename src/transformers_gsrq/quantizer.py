@@ -41,6 +41,7 @@ class ResidualQuantizer:
         """Channels D of a head."""
         return self.centroids.shape[0] * self.centroids.shape[3] // self.num_heads
 
+    @torch.no_grad()
     def encode(
         self,
         states: torch.Tensor,

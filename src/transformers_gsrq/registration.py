@@ -16,14 +16,16 @@ from transformers.generation import configuration_utils
 from .cache import GSRQCache
 from .codebooks import GSRQCodebooks
 from .hub import TENSORS_NAME
+from .rope import attention_modules
 
 NAME = "gsrq"
 # What `generate` hands to the method we wrap; another signature means other internals.
 _KNOWN_PARAMETERS = [
     "self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"
 ]  # fmt: skip
-# Loaded once for each model object and source, not at each `generate` call; beside each, when its file was written.
-_LOADED: WeakKeyDictionary[PreTrainedModel, dict[str, tuple[int, GSRQCodebooks]]] = WeakKeyDictionary()
+# The latest of each model object, loaded once and not at each `generate` call: source, when its file was written, and
+# the codebooks. One for each, since those of a model of 8 billion parameters take half a GiB.
+_LOADED: WeakKeyDictionary[PreTrainedModel, tuple[str, int, GSRQCodebooks]] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -69,13 +71,20 @@ def _for_assistant(assistant: PreTrainedModel, generation_config: GenerationConf
     """The settings of a draft model's cache.
 
     `generate` hands the assistant the target's settings, whose codebooks are the target's. So an assistant compresses
-    its cache exactly when its own `generation_config` says so, with the codebooks named there. It is called once for
-    each draft, from the second on with the cache that was `made` for the first.
+    its cache exactly when its own `generation_config` says so, with the codebooks named there; not where it is the
+    target itself, cut to its first layers (`assistant_early_exit`). It is called once for each draft, from the second
+    on with the cache that was `made` for the first.
     """
     own, settings = assistant.generation_config, copy.copy(generation_config)
-    settings.cache_implementation = NAME if own.cache_implementation == NAME and not made else None
+    compress = own.cache_implementation == NAME and not made and not _is_cut(assistant)
+    settings.cache_implementation = NAME if compress else None
     settings.cache_config = own.cache_config
     return settings
+
+
+def _is_cut(model: PreTrainedModel) -> bool:
+    """Whether a model runs fewer layers than it has: `generate` then lowers its config's number of layers."""
+    return max(attention_modules(model)) >= model.config.get_text_config(decoder=True).num_hidden_layers
 
 
 def unregister() -> None:
@@ -92,7 +101,9 @@ def make_cache(model: PreTrainedModel, cache_config: Mapping[str, Any] | None, m
 
     Args:
         model: The generating model.
-        cache_config: "codebooks" (an object, folder or Hub id) and any keyword of `GSRQCache`. Not changed.
+        cache_config: "codebooks" (an object, folder or Hub id) and any keyword of `GSRQCache`. Not changed. Part of a
+            `GenerationConfig` that is to be saved or printed, it names folder or Hub id by a string: transformers
+            writes JSON, which holds neither objects nor a `Path`.
         max_length: Tokens that `generate` will cache at most.
 
     Raises:
@@ -104,7 +115,8 @@ def make_cache(model: PreTrainedModel, cache_config: Mapping[str, Any] | None, m
     if source is None:
         raise ValueError(
             f'cache_implementation="{NAME}" needs codebooks: pass cache_config={{"codebooks": ...}} with '
-            "GSRQCodebooks, a folder or a Hub id. For a new model make them with transformers_gsrq.calibrate()."
+            "GSRQCodebooks, a folder or a Hub id (in a GenerationConfig that is to be saved: one of the last two as "
+            "a string). For a new model make them with transformers_gsrq.calibrate()."
         )
     unknown = sorted(set(options) - set(legal))
     if unknown:
@@ -118,7 +130,9 @@ def _load(model: PreTrainedModel, source: str) -> GSRQCodebooks:
     """Codebooks of a Hub id, or of a folder as it is now: calibrating into it again is seen."""
     file = Path(source) / TENSORS_NAME
     written = file.stat().st_mtime_ns if file.is_file() else 0
-    loaded = _LOADED.setdefault(model, {})
-    if source not in loaded or loaded[source][0] != written:
-        loaded[source] = written, GSRQCodebooks.from_pretrained(source)
-    return loaded[source][1]
+    loaded = _LOADED.get(model)
+    if loaded is None or loaded[:2] != (source, written):
+        # Let go of the others first, so that two are never held.
+        _LOADED.pop(model, None)
+        loaded = _LOADED[model] = source, written, GSRQCodebooks.from_pretrained(source)
+    return loaded[2]

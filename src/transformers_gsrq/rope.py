@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .ops.reference import rotate
@@ -16,6 +19,10 @@ from .ops.reference import rotate
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # Cosines are compared after the model rounded them; two roundings of one number differ by at most this many ulps.
 MAX_ULPS = 2
+# What the code of a model raises where it meets arguments that it was not written for.
+_MISFITS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_probed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +130,7 @@ def _read_module(model: PreTrainedModel, attention: nn.Module) -> Rotary:
         raise ValueError(
             f"Rotary type {rope_type!r} of {name!r} is not supported{reason}. Supported: {SUPPORTED_ROPE_TYPES}."
         )
-    module = getattr(model.get_decoder(), "rotary_emb", None) or getattr(attention, "rotary_emb", None)
+    module = _rotary_module(model, attention)
     if not isinstance(module, nn.Module) or not hasattr(module, f"{prefix}inv_freq"):
         raise ValueError(
             f"{name!r} has a rotary embedding, but not as a module named rotary_emb with inv_freq; it is not "
@@ -131,7 +138,10 @@ def _read_module(model: PreTrainedModel, attention: nn.Module) -> Rotary:
         )
     scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0))
     # The current buffer of a longrope model depends on the last prompt; the original one does not.
-    inv_freq = getattr(module, f"{prefix}original_inv_freq").detach().float().cpu()
+    inv_freq = getattr(module, f"{prefix}original_inv_freq").detach()
+    if inv_freq.is_meta:
+        raise ValueError(f"The rotary frequencies of this {name!r} are on the meta device; load the model's weights.")
+    inv_freq = inv_freq.float().cpu()
     check_layout(attention, inv_freq.numel(), name)
     if rope_type != "longrope":
         return Rotary(inv_freq, scaling)
@@ -140,13 +150,98 @@ def _read_module(model: PreTrainedModel, attention: nn.Module) -> Rotary:
     return Rotary(inv_freq, scaling, max_tokens, longer=Rotary(long_freq.float(), scaling))
 
 
+def _rotary_module(model: PreTrainedModel, attention: nn.Module) -> Any:
+    return getattr(model.get_decoder(), "rotary_emb", None) or getattr(attention, "rotary_emb", None)
+
+
 def rotates_keys(model: PreTrainedModel, attention: nn.Module) -> bool:
-    """Whether an attention layer rotates its keys."""
-    if getattr(attention, "use_rope", True) in (False, 0):
-        return False
+    """Whether an attention layer rotates its keys: what it is given, and what it does with it.
+
+    Raises:
+        ValueError: if that cannot be found out, or if the layer turns by frequencies of its own.
+    """
     config = model.config.get_text_config(decoder=True)
     signs = ("rope_parameters", "rotary_dim", "rotary_pct", "rope_theta")
-    return any(getattr(config, sign, None) for sign in signs)
+    # RoFormer's has no other sign, and ALiBi takes the place of a rotary embedding.
+    declared = any(getattr(config, sign, None) for sign in signs) or hasattr(config, "rotary_value")
+    if not declared or getattr(config, "alibi", False):
+        return False
+    layer: Any = attention.layer_idx
+    # Models with this list give each layer a rotary embedding of its own, or none.
+    thetas = getattr(config, "layer_rope_theta", None)
+    if (thetas and not thetas[layer]) or getattr(model.get_decoder(), "rotary_emb", attention) is None:
+        return False
+    if thetas and thetas[layer] != config.rope_parameters["rope_theta"]:
+        raise ValueError(
+            f"Layer {layer} of {config.model_type!r} has a rotary embedding of its own (rope_theta {thetas[layer]}, "
+            f"the model {config.rope_parameters['rope_theta']}); only one for all layers is supported."
+        )
+    if "position_embeddings" not in inspect.signature(type(attention).forward).parameters:
+        return True
+    if attention not in _probed:
+        module = _rotary_module(model, attention)
+        frequencies = getattr(module, "inv_freq", getattr(module, "full_attention_inv_freq", None))
+        width = getattr(attention, "head_dim", 0) if frequencies is None else 2 * frequencies.numel()
+        try:
+            _probed[attention] = _keys_follow_positions(attention, getattr(attention, "config", config), width)
+        except _MISFITS as error:
+            raise ValueError(
+                f"Whether layer {layer} of {config.model_type!r} rotates its keys cannot be found out, because "
+                f"{type(attention).__name__} does not run by itself ({type(error).__name__}); it is not supported. "
+                'GSRQConfig.for_model(..., key_space="after_rope") quantizes keys as they are, at some loss.'
+            ) from error
+    return _probed[attention]
+
+
+class _Keys(Exception):
+    """Carries the keys out of an attention module that is being probed."""
+
+
+class _ProbeCache(Cache):
+    """Ends a forward pass where an attention module hands over its keys."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Raise the keys."""
+        raise _Keys(key_states)
+
+
+def _keys_follow_positions(attention: nn.Module, config: Any, width: int) -> bool:
+    """Whether keys depend on cos and sin, seen in a module like this one that has shapes and no numbers.
+
+    So it costs nothing and asks nothing of the weights, which may be quantized or on any device.
+
+    Args:
+        attention: The module.
+        config: What it is built from.
+        width: Channels 2P of cos and sin.
+
+    Raises:
+        TypeError: if the module hands no keys to a cache; and whatever its code raises that cannot be run so.
+    """
+    from .attention import CACHE_ARGUMENTS
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        wanted = inspect.signature(type(attention)).parameters
+        own = {"config": config, **{name: getattr(attention, name) for name in wanted if hasattr(attention, name)}}
+        like = type(attention)(**{name: own[name] for name in wanted if name in own}).requires_grad_(False)
+        dtype = next(like.parameters()).dtype
+        given = {
+            "hidden_states": torch.empty(1, 2, config.hidden_size, dtype=dtype),
+            "position_ids": torch.zeros(1, 2, dtype=torch.long),
+            "position_embeddings": tuple(torch.empty(1, 2, width, dtype=dtype, requires_grad=True) for _ in range(2)),
+            **dict.fromkeys(CACHE_ARGUMENTS, _ProbeCache()),
+        }
+        parameters = inspect.signature(like.forward).parameters
+        required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        arguments = {**dict.fromkeys(required), **{name: given[name] for name in given if name in parameters}}
+        try:
+            like(**arguments)
+        except _Keys as keys:
+            return keys.args[0].requires_grad
+    raise TypeError("it hands no keys to its cache")
 
 
 def check_layout(attention: nn.Module, pairs: int, name: str) -> None:
@@ -161,11 +256,19 @@ def check_layout(attention: nn.Module, pairs: int, name: str) -> None:
             f"{name!r} rotates keys by a function we do not know ({type(attention).__module__} has no "
             "apply_rotary_pos_emb); it is not supported."
         )
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 1, 3, 2 * pairs, generator=generator)
-    angles = torch.randn(1, 3, pairs, generator=generator)
+    # Said of each, since torch has defaults that a user may have changed.
+    plain: Any = {"dtype": torch.float32, "device": "cpu"}
+    generator = torch.Generator("cpu").manual_seed(0)
+    states = torch.randn(1, 1, 3, 2 * pairs, generator=generator, **plain)
+    angles = torch.randn(1, 3, pairs, generator=generator, **plain)
     cos, sin = angles.cos(), angles.sin()
-    theirs = apply(states, states, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))[1]
+    try:
+        theirs = apply(states, states, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))[1]
+    except _MISFITS as error:
+        raise ValueError(
+            f"{name!r} rotates keys by a function that takes other arguments than (query, key, cos, sin) of one width "
+            f"({type(error).__name__}); it is not supported."
+        ) from error
     if not torch.allclose(theirs, rotate(states, (cos, sin)), atol=1e-5):
         raise ValueError(f"{name!r} rotates interleaved channel pairs; only the half-split layout is supported.")
 
@@ -174,13 +277,19 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Self-attention modules of a decoder by layer index.
 
     Raises:
-        ValueError: if the model has none that we recognise.
+        ValueError: if the model has none that we recognise, or several for a layer.
     """
-    found = {
-        module.layer_idx: module
-        for module in model.get_decoder().modules()
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
-    }
+    found: dict[int, nn.Module] = {}
+    for module in model.get_decoder().modules():
+        layer = getattr(module, "layer_idx", None)
+        if "Attention" in type(module).__name__ and isinstance(layer, int):
+            if layer in found:
+                raise ValueError(
+                    f"{type(model).__name__} has several attention modules with layer_idx={layer}, for an encoder or "
+                    "for a pass of its own, so a cache layer has not one attention; this architecture is not "
+                    "supported."
+                )
+            found[layer] = module
     if not found:
         raise ValueError(
             f"No attention modules with a layer_idx were found in {type(model).__name__}; this architecture is not "

@@ -21,7 +21,7 @@ from .compat import native_layers
 from .config import KINDS, Kind
 from .ops import encode_vectors
 from .ops.reference import decode_vectors, rotate, split_subspaces, unrotate
-from .rope import Rotary, read_rotary
+from .rope import Rotary, attention_modules, read_rotary
 
 # Takes states [B, H, T, D] and returns what a cache would give back for them, same shape and dtype.
 Codec = Callable[[torch.Tensor], torch.Tensor]
@@ -138,8 +138,8 @@ def codings(model: PreTrainedModel, method: Method) -> dict[int, Coding]:
 
 
 def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
-    """Device of a decoder layer's parameters."""
-    return next(model.get_decoder().layers[layer].parameters()).device
+    """Device of the parameters of a decoder layer's attention."""
+    return next(attention_modules(model)[layer].parameters()).device
 
 
 class SimulatedLayer(DynamicLayer):

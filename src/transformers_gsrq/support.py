@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import CACHE_ARGUMENTS
-from .config import compressible_layers
+from .config import compressible_layers, head_geometry
 from .rope import attention_modules, read_rotary
 
 
@@ -41,7 +41,7 @@ class Support:
 def check_model(model: PreTrainedModel) -> Support:
     """Say whether a model is supported, before any calibration.
 
-    The architecture, the attention layers and the rotary embedding are looked at; nothing is run.
+    The architecture, the attention layers and the rotary embedding are looked at; none of its weights is used.
 
     Args:
         model: A transformers model, on any device.
@@ -52,6 +52,7 @@ def check_model(model: PreTrainedModel) -> Support:
     num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
     try:
         layers = compressible_layers(model.config)
+        head_geometry(model.config.get_text_config(decoder=True))
         modules = attention_modules(model)
         for layer in layers:
             if layer not in modules:

@@ -58,7 +58,7 @@ class TokenTable:
         if not self._settled:
             self._find_starts(before, batch, num_tokens, step, device)
         self.length += num_tokens
-        self._tables.clear()
+        self.forget_tables()
 
     def _find_starts(self, before: int, batch: int, num_tokens: int, step: Step, device: torch.device) -> None:
         total = before + num_tokens
@@ -75,7 +75,7 @@ class TokenTable:
     def cos_sin(
         self, rotary: Rotary, first: int, last: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotation of tokens `first` to `last`, computed once for all layers of a forward pass.
+        """Rotation of tokens `first` to `last`, computed once for all layers; kept until `forget_tables`.
 
         Args:
             rotary: The layer's embedding.
@@ -100,6 +100,10 @@ class TokenTable:
             self._tables[key] = rotary.cos_sin(self.positions[:, first:last].to(device), dtype)
         return self._tables[key]
 
+    def forget_tables(self) -> None:
+        """Drop rotations that `cos_sin` kept: they take more memory than codes do."""
+        self._tables.clear()
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on."""
         if length == 0:
@@ -111,7 +115,7 @@ class TokenTable:
                 self._settled = bool((self.starts < length).all())
             if self.positions is not None:
                 self.positions = self.positions[:, :length]
-            self._tables.clear()
+            self.forget_tables()
 
     def fill(self, length: int, positions: torch.Tensor | None, starts: torch.Tensor | None) -> None:
         """Hold these tokens, as saved before."""
@@ -128,7 +132,7 @@ class TokenTable:
     def restore(self, snapshot: dict[str, object]) -> None:
         """Be as at the time of `snapshot`."""
         self.__dict__.update(snapshot)
-        self._tables.clear()
+        self.forget_tables()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep rows `rows` of the batch, in that order; int64, repetition allowed."""
@@ -136,9 +140,4 @@ class TokenTable:
             self.starts = self.starts[rows.to(self.starts.device)]
         if self.positions is not None:
             self.positions = self.positions[rows.to(self.positions.device)]
-        self._tables.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of positions and starts; not of the tables, which live for one forward pass."""
-        return sum(t.numel() * t.element_size() for t in (self.positions, self.starts) if t is not None)
+        self.forget_tables()

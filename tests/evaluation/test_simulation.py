@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
 from transformers_gsrq.evaluation.agreement import measure_agreement
 from transformers_gsrq.simulation import CodebookMethod, SimulatedCache, coded_copy, codings
@@ -69,3 +70,9 @@ def test_kinds_can_be_switched_off(smollm2: Loaded, tiny_codebooks: GSRQCodebook
     assert 0.001 < found["one layer"].divergence < found["both"].divergence
     assert 0.001 < found["keys"].divergence < found["both"].divergence
     assert found["both"].perplexity.increase > 0
+
+
+def test_layers_are_found_whatever_a_decoder_calls_them() -> None:
+    """GPT-2's are not called `layers`."""
+    model = SUPPORTED["gpt2"].build()
+    assert list(codings(model, CodebookMethod(random_codebooks(model)))) == [0, 1, 2]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..codebooks import GSRQCodebooks
-from ..config import KINDS
+from ..config import KINDS, ROUNDING
 from ..evaluation.compare import compare_records, read_record
 from ..evaluation.measures import MEASURES, Settings, evaluate
 from ..evaluation.records import perplexity_record, run_record
@@ -171,7 +171,7 @@ def lower_rate(codebooks: GSRQCodebooks, bits: float) -> GSRQCodebooks:
     exact = {kind: config.stages(kind)[0] * share for kind in KINDS}
     stages = {kind: round(count) for kind, count in exact.items()}
     # The rates that the message lists are rounded too.
-    if share > 1 or any(abs(exact[kind] - count) > 1e-4 * count or count < 1 for kind, count in stages.items()):
+    if share > 1 or any(abs(exact[kind] - count) > ROUNDING * count or count < 1 for kind, count in stages.items()):
         legal = _lower_rates(codebooks)
         raise ValueError(
             f"--bits {bits:g} is no whole number of stages of these codebooks ({config.bits():g} bits). Legal: "

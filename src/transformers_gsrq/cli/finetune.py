@@ -94,10 +94,10 @@ def run(
             made.save_pretrained(output)
         state.wait_for_everyone()
     except KeyboardInterrupt as stopped:
-        kept = f"Nothing was kept: the first state is saved after {evaluate_every} steps (--evaluate-every)."
+        said = f"Nothing was kept: the first state is saved after {evaluate_every} steps (--evaluate-every)."
         if (checkpoint / "state.safetensors").is_file():
-            kept = f"What was learned up to the last evaluation is kept in {checkpoint}; the same command goes on."
-        raise Interrupted(f"Interrupted. {kept}") from stopped
+            said = f"What was learned up to the last evaluation is kept in {checkpoint}; the same command goes on."
+        raise Interrupted(f"Interrupted. {said}") from stopped
     state.destroy_process_group()
     if not state.is_main_process:
         sys.exit()

@@ -1,0 +1,103 @@
+"""What a cache holds in memory, counted from its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import fused
+from .config import GSRQConfig
+from .layer import GSRQLayer
+from .tokens import TokenTable
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that a cache holds on its devices, and what a plain cache would hold for the same tokens.
+
+    Attributes:
+        tokens: Cached tokens of one row, padding included.
+        codes: Codes in use: R*M bytes per stored token, layer and kind.
+        reserved: Room for codes that later tokens will fill.
+        sinks: Exact first tokens.
+        window: Exact latest tokens; after a crop also the cropped ones, until the next token comes.
+        positions: Token positions and row starts.
+        native: Layers that are not compressed (sliding window, linear attention and others).
+        codebooks: Run-time centroids, and the key tables of the kernels; one set serves all caches of a model.
+        plain: What transformers' own cache would hold: every token in the model's dtype.
+    """
+
+    tokens: int
+    codes: int
+    reserved: int
+    sinks: int
+    window: int
+    positions: int
+    native: int
+    codebooks: int
+    plain: int
+
+    @property
+    def cache(self) -> int:
+        """Everything but the codebooks."""
+        return self.codes + self.reserved + self.sinks + self.window + self.positions + self.native
+
+    @property
+    def total(self) -> int:
+        """The cache and the codebooks."""
+        return self.cache + self.codebooks
+
+    def __str__(self) -> str:
+        names = ("codes", "reserved", "sinks", "window", "positions", "native", "codebooks", "total", "plain")
+        rows = [f"{name:<10}{getattr(self, name) / 2**20:>12,.3f} MiB" for name in names]
+        share = f"{self.cache / self.plain:.1%}" if self.plain else "-"
+        rows.append(f"{self.tokens} tokens; the cache without codebooks is {share} of a plain one.")
+        return "\n".join(rows)
+
+
+def measure(layers: Sequence[Any], table: TokenTable, config: GSRQConfig) -> MemoryReport:
+    """Count the layers of a cache and their table; see `GSRQCache.memory`."""
+    compressed = [layer for layer in layers if isinstance(layer, GSRQLayer) and layer.is_initialized]
+    codes = [buffer.nbytes for layer in compressed for buffer in layer.buffers.values()]
+    native = held_bytes([vars(layer) for layer in layers if not isinstance(layer, GSRQLayer)])
+    plain, codebooks = native, config.codebook_bytes
+    if compressed:
+        keys, values = compressed[0].keys, compressed[0].values
+        element = keys.element_size() + values.element_size()
+        plain += keys.shape[0] * table.length * config.dense_bytes_per_token(element) // 2
+        codebooks = held_bytes([q.centroids for layer in compressed for q in layer.quantizers.values()])
+        codebooks += sum(map(fused.table_bytes, compressed))
+    return MemoryReport(
+        tokens=table.length,
+        codes=sum(used for used, _ in codes),
+        reserved=sum(reserved for _, reserved in codes),
+        sinks=held_bytes([layer.sinks for layer in compressed]),
+        window=held_bytes([(layer.keys, layer.values) for layer in compressed]),
+        positions=held_bytes((table.positions, table.starts)),
+        native=native,
+        codebooks=codebooks,
+        plain=plain,
+    )
+
+
+def held_bytes(holder: Any) -> int:
+    """Bytes that tensors keep alive: the whole storage where one is a part of it, and a shared storage once.
+
+    Args:
+        holder: A tensor, or a list or mapping of anything, in which tensors are looked for.
+    """
+    storages = (tensor.untyped_storage() for tensor in _tensors(holder))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(holder: Any) -> Iterator[torch.Tensor]:
+    if isinstance(holder, torch.Tensor):
+        yield holder
+    elif isinstance(holder, Mapping):
+        yield from _tensors(list(holder.values()))
+    elif isinstance(holder, (list, tuple)):
+        for part in holder:
+            yield from _tensors(part)
