@@ -148,6 +148,23 @@ def test_kernels_are_not_blind(model: LlamaForCausalLM, codebooks: GSRQCodebooks
     assert (right[:, -1:] - wrong).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_a_mask_with_other_numbers_in_it_is_another_mask(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
+    tokens = torch.randint(0, 64, (1, 31), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        cache = make_cache(model, codebooks, backend)
+        model(tokens[:, :30], past_key_values=cache)
+        mask = torch.ones(1, 1, 1, 31, dtype=torch.bool, device=DEVICE)
+        model(tokens[:, 30:], attention_mask=mask, past_key_values=cache)
+        cache.crop(-1)
+        mask[..., 5:20] = False
+        results.append(model(tokens[:, 30:], attention_mask=mask, past_key_values=cache).logits.float())
+        assert cache.backend == backend
+    # As in the first test.
+    assert (results[1] - results[0]).norm() < 5e-3 * results[0].norm()
+
+
 def test_other_caches_and_prefill_take_the_original(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
     tokens = torch.randint(0, 64, (1, 24)).to(DEVICE)
     detach(model)

@@ -149,6 +149,7 @@ def _clean_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @torch.compiler.disable
 def _finish(decoder: nn.Module, cache: SteppedCache, succeeded: bool) -> None:
+    fused.forget_masks(cache)
     if succeeded:
         fused.check_read(decoder)
         compiled.check_taken(_attached[decoder])

@@ -319,8 +319,7 @@ def begin(decoder: PreTrainedModel, cache: SteppedCache) -> None:
     """Make ready for a forward pass: what was done for the last one may no longer hold.
 
     A model loses our attention function when it is detached or given another, and can first take it when it is moved
-    to another device or dtype. Tokens that were cropped may be replaced by others, at other positions; a mask may be
-    the same tensor with other numbers in it.
+    to another device or dtype. Tokens that were cropped may be replaced by others, at other positions.
     """
     options = getattr(cache, "options", None)
     if options is not None and options.backend != "torch" and decoder.config._attn_implementation in ROUTED:
@@ -328,9 +327,15 @@ def begin(decoder: PreTrainedModel, cache: SteppedCache) -> None:
     table: Any = getattr(cache, "table", None)
     if table in _places:
         kept = {device: found for device, found in _places[table].items() if found.num_stored <= table.length}
-        for found in kept.values():
-            found.mask = None
         _places[table] = kept
+    forget_masks(cache)
+
+
+def forget_masks(cache: SteppedCache) -> None:
+    """Drop masks at the end of a forward pass: the next may bring the same tensor with other numbers in it."""
+    table: Any = getattr(cache, "table", None)
+    for found in (_places[table] if table in _places else {}).values():
+        found.mask = None
 
 
 def route(model: PreTrainedModel) -> None:

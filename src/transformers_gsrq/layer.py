@@ -12,7 +12,7 @@ from .attention import Step
 from .buffers import CodeBuffer, own
 from .codebooks import GSRQCodebooks
 from .config import KINDS, Kind
-from .options import CacheOptions as CacheOptions
+from .options import CacheOptions
 from .quantizer import ResidualQuantizer
 from .rope import Rotary
 from .tokens import TokenTable

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .codebooks import GSRQCodebooks
 from .files import write_tensors
-from .layer import CacheOptions, GSRQLayer
+from .layer import GSRQLayer
+from .options import CacheOptions
 from .rope import attention_modules
 from .tokens import TokenTable
 
