@@ -33,8 +33,8 @@ def test_windows_come_from_many_texts(smollm2: SmolLM2, texts: tuple[list[str], 
     windows = token_windows(smollm2[1], texts[0], 512, 12, seed=0)
     found = [smollm2[1].decode(window[5:60]) for window in windows]
     origins = [{index for index, text in enumerate(texts[0]) if part in text} for part in found]
-    # The others are joined from what is left of several.
-    assert len(set.union(*origins)) == sum(map(bool, origins)) >= 6
+    # Some are joined from what is left of several.
+    assert len(set.union(*origins)) >= 8
 
 
 def test_windows_begin_as_the_tokenizer_begins_texts(smollm2: SmolLM2) -> None:
