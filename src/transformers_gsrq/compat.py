@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
-from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 OLDEST_TRANSFORMERS = Version("5.17.0")
@@ -46,6 +46,15 @@ def library_versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """What a measurement ran on: the name of the GPU, else the type of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def computed_with(model: PreTrainedModel) -> dict[str, Any]:
+    """What any result of a model depends on beside its weights: dtype, device and versions, as JSON types."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(model.device),
+        "versions": library_versions(),
+    }
 
 
 def quantized_cache(config: PreTrainedConfig, backend: str, nbits: int) -> Cache:

@@ -79,10 +79,6 @@ class GSRQLayer(CacheLayerMixin):
         """Take what the model says about the forward pass that calls `update` next."""
         self._step = step
 
-    def forget_step(self) -> None:
-        """Drop a step whose forward pass failed."""
-        self._step = None
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for states like these, `[B, H, T, D]`.
 

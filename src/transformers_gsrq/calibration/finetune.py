@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..ops.reference import decode_vectors, split_subspaces
 from ..persistence import fingerprint
 from ..rope import read_rotary
 from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
-from ..text import token_windows
+from ..text import token_windows, windows_digest
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow
 from .report import model_record
 
@@ -342,8 +342,9 @@ class _Trainer:
 
     # State on disk
 
+    @cached_property
     def _identity(self) -> str:
-        guard = [window.input_ids.tolist() for window in self.data.guard]
+        guard = [windows_digest(window.input_ids) for window in self.data.guard]
         model = fingerprint(self.model)
         return json.dumps([asdict(self.options), self.data.digest, guard, self.codebooks.digest, model])
 
@@ -362,7 +363,7 @@ class _Trainer:
             "step": self.step, "course": self.course, "seconds": self.seconds, "stopped": self.stopped,
             "slowdown": self.slowdown,
         }  # fmt: skip
-        metadata = {"identity": self._identity(), "progress": json.dumps(progress)}
+        metadata = {"identity": self._identity, "progress": json.dumps(progress)}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
     def _resume(self) -> None:
@@ -371,7 +372,7 @@ class _Trainer:
             return
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("identity") != self._identity():
+            if metadata.get("identity") != self._identity:
                 logger.warning("%s belongs to a distillation with other arguments; starting anew.", path)
                 return
             progress = json.loads(metadata["progress"])

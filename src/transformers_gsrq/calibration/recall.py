@@ -141,14 +141,10 @@ def _facts(
         name = f"{generator.choice(SUBJECTS)} {''.join(generator.choices(string.ascii_uppercase, k=2))}"
         pairs[name] = str(generator.randrange(10**4, 10**8))
     facts = [
-        (
-            _encode(tokenizer, f" Note: the code of {name} is {value}."),
-            _encode(tokenizer, f"\nWhich code belongs to {name}? It is"),
-            _encode(tokenizer, f" {value}"),
-        )
+        (f" Note: the code of {name} is {value}.", f"\nWhich code belongs to {name}? It is", f" {value}")
         for name, value in pairs.items()
     ]
-    return _hide(text, facts, length, generator)
+    return _hide(tokenizer, text, facts, length, generator)
 
 
 def _identifiers(
@@ -158,31 +154,29 @@ def _identifiers(
     for _ in range(max(2, length // 128)):
         name = "_".join("".join(generator.choices(string.ascii_lowercase, k=4)) for _ in range(2))
         pairs[name] = f"{generator.randrange(16**8):08x}"
-    facts = [
-        (
-            _encode(tokenizer, f'\n{name} = "{value}"\n'),
-            _encode(tokenizer, f"\nassert {name} =="),
-            _encode(tokenizer, f' "{value}"'),
-        )
-        for name, value in pairs.items()
-    ]
-    return _hide(text, facts, length, generator)
+    facts = [(f'\n{name} = "{value}"\n', f"\nassert {name} ==", f' "{value}"') for name, value in pairs.items()]
+    return _hide(tokenizer, text, facts, length, generator)
 
 
 def _hide(
-    text: list[int], facts: list[tuple[list[int], list[int], list[int]]], length: int, generator: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    text: list[int],
+    told: list[tuple[str, str, str]],
+    length: int,
+    generator: random.Random,
 ) -> WeightedWindow:
     """Statements at random places in the text, then for each its question and answer, in another order."""
+    facts = [[_encode(tokenizer, part) for part in fact] for fact in told]
     while facts and sum(len(part) for fact in facts for part in fact) > 3 * length // 4:
         facts.pop()
-    told = [statement for statement, _, _ in facts]
+    statements = [statement for statement, _, _ in facts]
     asked = generator.sample(facts, len(facts))
     quiz = [token for _, question, answer in asked for token in (*question, *answer)]
     stressed = [flag for _, question, answer in asked for flag in (*[False] * len(question), *[True] * len(answer))]
-    room = length - len(quiz) - sum(map(len, told))
-    cuts = sorted(generator.randrange(room + 1) for _ in told)
+    room = length - len(quiz) - sum(map(len, statements))
+    cuts = sorted(generator.randrange(room + 1) for _ in statements)
     ids: list[int] = []
-    for begin, end, fact in zip([0, *cuts], [*cuts, room], [*told, []], strict=True):
+    for begin, end, fact in zip([0, *cuts], [*cuts, room], [*statements, []], strict=True):
         ids += text[begin:end] + fact
     return WeightedWindow.stressing(ids + quiz, [False] * len(ids) + stressed)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..compat import device_name, library_versions
+from ..compat import computed_with
 
 
 def model_record(model: PreTrainedModel) -> dict[str, Any]:
@@ -16,9 +16,7 @@ def model_record(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "base_model": model.config.name_or_path,
         "base_model_revision": getattr(model.config, "_commit_hash", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "versions": library_versions(),
+        **computed_with(model),
     }
 
 

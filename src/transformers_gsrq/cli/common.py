@@ -144,6 +144,12 @@ def partial_folder(output: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def files_name(paths: list[Path]) -> str:
+    """What to call the text of some files."""
+    names = [path.resolve().name for path in paths]
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+
+
 def named_texts(
     text: list[Path] | None, dataset: str | None, split: str, column: str, config: str | None
 ) -> tuple[list[str], str]:
@@ -151,8 +157,7 @@ def named_texts(
     if bool(text) == bool(dataset):
         raise ValueError("Say what to read: --text FILE, or --dataset NAME, and not both.")
     if text:
-        names = [path.resolve().name for path in text]
-        return read_texts(text), ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
+        return read_texts(text), files_name(text)
     return read_dataset(dataset or "", split=split, column=column, config=config), f"{dataset}, split {split}"
 
 

@@ -23,6 +23,7 @@ from .common import (
     Report,
     RevisionOption,
     TokenOption,
+    files_name,
     partial_folder,
 )
 
@@ -88,7 +89,7 @@ def run(
             beam_width=beam_width,
             gradient_checkpointing=gradient_checkpointing,
             seed=seed,
-            data_name=", ".join(path.name for path in text),
+            data_name=files_name(text),
         )
         if state.is_main_process:
             made.save_pretrained(output)

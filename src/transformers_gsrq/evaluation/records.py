@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..codebooks import GSRQCodebooks
-from ..compat import device_name, library_versions
+from ..compat import computed_with
 from ..persistence import fingerprint
 from ..text import windows_digest
 from .measures import Settings
@@ -43,13 +43,7 @@ def git_commit(file: Path = Path(__file__)) -> str:
 
 def circumstances(model: PreTrainedModel) -> dict[str, Any]:
     """What any measurement on a model depends on, as JSON types."""
-    return {
-        "model": model.config.name_or_path,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_name(model.device),
-        "versions": library_versions(),
-        "commit": git_commit(),
-    }
+    return {"model": model.config.name_or_path, **computed_with(model), "commit": git_commit()}
 
 
 def run_record(
