@@ -64,7 +64,7 @@ def time_contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every cache at every context."""
     model = make_model(arguments.model, arguments.tiny)
     if arguments.compile:
-        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.compile(model.forward, mode=arguments.compile)  # type: ignore[method-assign]
     tokens = torch.randint(0, model.config.vocab_size, (max(arguments.contexts) + 64,))
     named = {} if arguments.model is None else {"model": arguments.model}
     for speed in measure_speed(
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="find the largest context that fits instead")
     parser.add_argument("--no-cudnn", action="store_true", help="keep cuDNN's attention out of the plain cache's way")
     parser.add_argument("--limit", type=int, default=2**27, help="look for no larger context than this")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile the model")
     parser.add_argument("--tiny", action="store_true", help="two small layers, to try the script")
     add_arguments(parser)
     arguments = parser.parse_args()

@@ -4,12 +4,15 @@
     python benchmarks/run.py --contexts 8192 65536 --rates 16+16
 
 The operators' tests run first, and nothing is timed if they fail. Times are medians in microseconds; `graph` replays a
-CUDA graph, `eager` includes what Python costs. Baselines run in the same process.
+CUDA graph, `eager` includes what Python costs. Baselines run in the same process: what `scaled_dot_product_attention`
+takes by itself, FlashAttention and cuDNN as torch has them, flash-attn and FlashInfer where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 import triton
 from lines import add_arguments, write
 from naive import naive_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformers_gsrq.ops.triton import decode_attention as attention
 from transformers_gsrq.ops.triton.encode import encode
@@ -87,37 +91,91 @@ def decode_inputs(shape: str, context: int, rate: str, batch: int) -> tuple[dict
     return {**shared, **ours}, {**shared, **naive}
 
 
-def time_plain(heads: int, groups: int, dim: int, context: int, batch: int) -> tuple[dict[str, float], float]:
-    """SDPA on bf16 states, and the bytes a microsecond that a copy of them reads and writes."""
+def plain_attentions(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Attention to bf16 states, named, each giving `[B, Hq, 1, D]`.
+
+    Args:
+        query: `[B, Hq, 1, D]`.
+        keys: `[B, H, T, D]`.
+        values: `[B, H, T, D]`.
+    """
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention, query, keys, values, enable_gqa=query.shape[1] > keys.shape[1]
+    )
+    yield "sdpa", sdpa
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        yield f"sdpa, {name}", sdpa_kernel(backend)(sdpa)
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_with_kvcache
+
+        tokens_first = [states.transpose(1, 2).contiguous() for states in (query, keys, values)]
+        yield "flash-attn", lambda: flash_attn_with_kvcache(*tokens_first).transpose(1, 2)
+    if importlib.util.find_spec("flashinfer"):
+        yield "flashinfer", plan_flashinfer(query, keys, values)
+
+
+def plan_flashinfer(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """FlashInfer's decoding of a batch from pages of 16 tokens."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    batch, heads, context, dim = keys.shape
+    pages = [states.transpose(1, 2).reshape(-1, 16, heads, dim).contiguous() for states in (keys, values)]
+    groups = query.shape[1] // heads
+    # Tensor cores from four query heads to a KV head on, as its documentation advises.
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(2**27, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=groups >= 4
+    )
+    first_pages = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * (context // 16)
+    indices = torch.arange(batch * context // 16, dtype=torch.int32, device="cuda")
+    last_lengths = torch.full((batch,), 16, dtype=torch.int32, device="cuda")
+    wrapper.plan(
+        first_pages, indices, last_lengths, query.shape[1], heads, dim, 16,
+        q_data_type=query.dtype, kv_data_type=keys.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(query[:, :, 0], tuple(pages))[:, :, None]
+
+
+def time_plain(heads: int, groups: int, dim: int, context: int, batch: int) -> tuple[dict[str, Any], float]:
+    """Attention to bf16 states by name, and the bytes a microsecond that a copy of them reads and writes."""
     query = torch.randn(batch, heads * groups, 1, dim, device="cuda", dtype=torch.bfloat16)
     keys = torch.randn(batch, heads, context, dim, device="cuda", dtype=torch.bfloat16)
     values = torch.randn_like(keys)
-    plain = microseconds(lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=groups > 1))
+    times: dict[str, Any] = {}
+    expected = F.scaled_dot_product_attention(query, keys, values, enable_gqa=groups > 1)
+    for name, attend in plain_attentions(query, keys, values):
+        error = ((attend() - expected).norm() / expected.norm()).item()
+        if not error < 0.02:
+            raise SystemExit(f"{name} differs from sdpa by {error:.3f}: its time would mean nothing.")
+        times[name] = microseconds(attend)
     source, target = (torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(2))
     copied = microseconds(lambda: target.copy_(source))
-    return plain, 2 * 2**28 / copied["graph"]
+    return times, 2 * 2**28 / copied["graph"]
 
 
 def time_decoding(shape: str, context: int, rates: list[str], batch: int) -> Iterator[dict[str, Any]]:
-    """SDPA on bf16 states and our attention; `floor` is what reading their inputs once takes at this card's speed."""
+    """Attention to bf16 states and ours; `floor` is what reading their inputs once takes at this card's speed."""
     heads, groups, dim = SHAPES[shape]
     case = {"operator": "decode", "shape": shape, "context": context, "batch": batch}
     if 4 * batch * heads * context * dim > 30e9:
         return
     plain, bytes_per_us = time_plain(heads, groups, dim, context, batch)
     floor = round(4 * batch * heads * context * dim / bytes_per_us, 1)
-    yield {**case, "what": "sdpa", **plain, "floor": floor}
+    for name, times in plain.items():
+        yield {**case, "what": name, **times, "floor": floor}
+    sdpa = plain["sdpa"]
     for rate in rates:
         inputs, naive = decode_inputs(shape, context, rate, batch)
         check_naive(inputs, naive)
         read = inputs["key_codes"].numel() + inputs["value_codes"].numel()
         read += inputs["keys"].tables.nbytes + inputs["value_centroids"].nbytes
         ours = microseconds(lambda inputs=inputs: attention.decode_attention(**inputs))
-        ratios = {name: round(ours[name] / plain[name], 2) for name in ("eager", "graph")}
+        ratios = {name: round(ours[name] / sdpa[name], 2) for name in ("eager", "graph")}
         floor = round(read / bytes_per_us, 1)
         yield {**case, "what": f"gsrq {rate}", **ours, "to_sdpa": ratios, "floor": floor}
         obvious = microseconds(lambda naive=naive: naive_attention(**naive))
-        yield {**case, "what": f"naive {rate}", **obvious, "to_sdpa": round(obvious["graph"] / plain["graph"], 2)}
+        yield {**case, "what": f"naive {rate}", **obvious, "to_sdpa": round(obvious["graph"] / sdpa["graph"], 2)}
 
 
 def check_naive(inputs: dict[str, Any], naive: dict[str, Any]) -> None:

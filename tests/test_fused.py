@@ -346,6 +346,38 @@ def test_a_compiled_model_has_no_break_in_its_layers(model: LlamaForCausalLM, co
     assert [count for count in graphs.operators if count] == [model.config.num_hidden_layers] * 3
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="inductor is slow around the interpreter")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_what_inductor_compiles_decodes_as_an_eager_model(
+    model: LlamaForCausalLM, codebooks: GSRQCodebooks, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real kernels, over lengths; CUDA graphs are recorded for shapes, not anew for every length."""
+    from torch._inductor import cudagraph_trees
+
+    recorded = []
+    record = cudagraph_trees.CUDAGraphNode._record
+    monkeypatch.setattr(
+        cudagraph_trees.CUDAGraphNode, "_record", lambda self, *args: recorded.append(1) or record(self, *args)
+    )
+    torch.compiler.reset()
+    mask = torch.ones(2, 124, dtype=torch.long)
+    mask[1, :9] = 0
+    widths, counts = (1,) * 100, []
+    expected = decode(model, make_cache(model, codebooks, "triton"), mask, widths)
+    compiled, cache = torch.compile(model, mode=mode), make_cache(model, codebooks, "triton")
+    found = decode(compiled, cache, mask, widths)
+    error = (found - expected).norm() / expected.norm()
+    assert error < 5e-3
+    counts.append(len(recorded))
+    decode(compiled, make_cache(model, codebooks, "triton"), mask, widths)
+    counts.append(len(recorded))
+    if mode == "default":
+        assert counts == [0, 0]
+    else:
+        assert 0 < counts[0] <= 40
+        assert counts[1] == counts[0]
+
+
 # Gemma 2 has no sdpa.
 @pytest.mark.parametrize("name", [name for name in SUPPORTED if name != "gemma2"])
 def test_compiled_architectures_decode_as_eager_ones(name: str) -> None:

@@ -73,7 +73,7 @@ def _lengths(contexts: str) -> list[int]:
 
 _HEAD = [
     "cache", "context", "prefill s", "ms/token", "+-", "cache MiB", "bytes/token", "codebooks MiB", "GPU MiB",
-    "peak MiB",
+    "prefill peak MiB", "peak MiB",
 ]  # fmt: skip
 
 
@@ -88,5 +88,8 @@ def _row(speed: Speed) -> list[str]:
         "?" if held is None else f"{held / 2**20:.2f}",
         "?" if held is None else f"{held / speed.context:,.0f}",
         f"{speed.codebook_bytes / 2**20:.1f}",
-        *("-" if held is None else f"{held / 2**20:.2f}" for held in (speed.allocated_bytes, speed.peak_bytes)),
+        *(
+            "-" if held is None else f"{held / 2**20:.2f}"
+            for held in (speed.allocated_bytes, speed.prefill_peak_bytes, speed.peak_bytes)
+        ),
     ]

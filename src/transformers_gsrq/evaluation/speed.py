@@ -30,7 +30,8 @@ class Speed:
         cache_bytes: Bytes that the cache holds at the end; None where the cache does not tell.
         codebook_bytes: Bytes of codebooks beside it.
         allocated_bytes: What the allocator of the GPU says that the cache holds at the end; None on other devices.
-        peak_bytes: The most that decoding took on the GPU, the cache included; None on other devices.
+        prefill_peak_bytes: The most that reading the prompt took on the GPU, cache included; None on other devices.
+        peak_bytes: The most that decoding took on the GPU, cache included; None on other devices.
     """
 
     cache: str
@@ -41,6 +42,7 @@ class Speed:
     cache_bytes: int | None
     codebook_bytes: int
     allocated_bytes: int | None
+    prefill_peak_bytes: int | None
     peak_bytes: int | None
 
 
@@ -102,9 +104,12 @@ def _measure(
 ) -> Speed:
     on_gpu = model.device.type == "cuda"
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
     began = now(model)
     model(input_ids=token_ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
     prefill = now(model) - began
+    prefill_peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     times = []
@@ -115,7 +120,7 @@ def _measure(
     lower, median, upper = statistics.quantiles(times[1:], n=4)
     allocated = torch.cuda.memory_allocated(model.device) - before if on_gpu else None
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    return Speed(name, context, prefill, median, (upper - lower) / 2, *_bytes(cache), allocated, peak)
+    return Speed(name, context, prefill, median, (upper - lower) / 2, *_bytes(cache), allocated, prefill_peak, peak)
 
 
 def now(model: PreTrainedModel) -> float:
