@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -71,7 +72,7 @@ def time_contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model, make_codebooks(model), tokens, arguments.contexts, new_tokens=32, backend=arguments.backend
     ):
         line = {"what": "model", **vars(speed), "backend": arguments.backend, "compiled": arguments.compile, **named}
-        yield {**line, "cudnn_sdpa": not arguments.no_cudnn}
+        yield {**line, "cudnn_sdpa": not arguments.no_cudnn, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF")}
 
 
 def find_largest(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
