@@ -128,12 +128,13 @@ def _hand_over(
         if fused.is_routed(module):
             compiled.leave(module, position_ids, embeddings)
             return args, {**kwargs, name: compiled.PassThrough(cache)}
-    _tell(module, cache, Step(position_ids, embeddings, kwargs.get("attention_mask"), module))
+    tell(module, cache, Step(position_ids, embeddings, kwargs.get("attention_mask"), module))
     return None
 
 
 @torch.compiler.disable
-def _tell(module: nn.Module, cache: Any, step: Step) -> None:
+def tell(module: nn.Module, cache: Any, step: Step) -> None:
+    """Tell the cache of one attention module, if it is one of ours, about its step."""
     # A forward pass that was interrupted may have left a note for this module, which may now run with another cache.
     fused.forget(module)
     if isinstance(cache, SteppedCache):

@@ -121,7 +121,8 @@ class GSRQCache(SteppedCache):
             raise ValueError(
                 "This cache was made for another model. Make one for each model: GSRQCache(codebooks, model=model)."
             )
-        layer = self.layers[index]
+        # Some versions of transformers keep no layer for a module that reads the states of an earlier one.
+        layer = self.layers[index] if index < len(self.layers) else None
         if isinstance(layer, GSRQLayer):
             layer.receive(step)
 

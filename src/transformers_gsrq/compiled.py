@@ -132,7 +132,7 @@ def _cached_attention(
     dropout: float,
     is_causal: bool | None,
 ) -> torch.Tensor:
-    from .attention import Step
+    from .attention import Step, tell
 
     cache = _running.cache()
     if cache is None:
@@ -142,7 +142,7 @@ def _cached_attention(
     key, value = key.clone(), value.clone()
     position_ids = None if position_ids is None else position_ids.clone()
     embeddings = None if cos is None or sin is None else (cos, sin)
-    cache.receive(module, Step(position_ids, embeddings, mask, module))
+    tell(module, cache, Step(position_ids, embeddings, mask, module))
     key, value = cache.update(key, value, layer)
     options = {} if softcap is None else {"softcap": softcap}
     implementation = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]

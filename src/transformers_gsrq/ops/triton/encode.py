@@ -23,7 +23,7 @@ def _load_plain(
     channel = subspace * S + s
     d = channel % D
     here = (t[:, None] < num_tokens) & (s[None, :] < S)
-    place = base + (channel // D)[None, :] * stride_head
+    place = base + (channel // D).to(tl.int64)[None, :] * stride_head
     x = tl.load(place + d[None, :], mask=here, other=0.0).to(tl.float32)
     if PAIRS > 0:
         # The inverse of y1 = x1 c - x2 s, y2 = x2 c + x1 s, whatever factor was folded into c and s.
@@ -40,7 +40,7 @@ def _load_plain(
 def _load_head(base, cos, sin, t, num_tokens, head, s, stride_head, HALF: tl.constexpr):
     # The same where a subspace is a head that rotates as a whole: its halves are each other's partners.
     here = (t[:, None] < num_tokens) & (s[None, :] < HALF)
-    place = base + head * stride_head + s[None, :]
+    place = base + head.to(tl.int64) * stride_head + s[None, :]
     x = tl.load(place, mask=here, other=0.0).to(tl.float32)
     y = tl.load(place + HALF, mask=here, other=0.0).to(tl.float32)
     c = tl.load(cos + s[None, :], mask=here, other=1.0)
@@ -76,7 +76,7 @@ def _encode(
     BT: tl.constexpr,
 ):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    subspace = tl.program_id(1).to(tl.int64)
+    subspace = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     base = states + row * stride_batch + t[:, None].to(tl.int64) * stride_token
     angle = row * rotary_batch + t[:, None].to(tl.int64) * rotary_token
@@ -93,6 +93,8 @@ def _encode(
     first_half = first_half.to(centroids.dtype.element_ty)
     other_half = other_half.to(centroids.dtype.element_ty)
     k = tl.arange(0, BK)
+    # Codes of many million tokens lie further apart than 32 bits count; centroids never do.
+    codes += row * codes_batch + subspace.to(tl.int64) * codes_subspace
     # Column 8i + 2j + e of a tile of scores lies in register (i, e) of thread j of four.
     i = tl.arange(0, BK // 8)[None, :, None, None]
     e = tl.arange(0, 2)[None, None, None, :]
@@ -117,8 +119,8 @@ def _encode(
         bits = best.to(tl.int32, bitcast=True) - 2 * tl.arange(0, 4)[None, :]
         bits = tl.max(bits.to(tl.float32, bitcast=True), 1).to(tl.int32, bitcast=True)
         code = 255 - (bits & 255)
-        tl.store(codes + row * codes_batch + subspace * codes_subspace + stage * codes_stage + t, code.to(tl.uint8),
-                 mask=t < num_tokens)  # fmt: skip
+        tl.store(codes + t, code.to(tl.uint8), mask=t < num_tokens)
+        codes += codes_stage
         chosen = table + code[:, None] * S + s[None, :]
         first_half -= tl.load(chosen, mask=s[None, :] < S, other=0.0)
         other_half -= tl.load(chosen + BS // 2, mask=s[None, :] + BS // 2 < S, other=0.0)
