@@ -14,6 +14,11 @@ DATA := examples/requirements-data.txt
 FRAME := pyproject.toml constraints.txt $(DATA)
 # Only where torch brings none (its CPU build): kernels then run in Triton's interpreter.
 TRITON := triton==3.9.0
+# The interpreter of 3.6 does not run on numpy 2.4.
+OLDEST_TRITON := triton==3.7.0
+# $(1): folder of the interpreter, $(2): what to install
+add_triton = @if [ "$$(uname -s)" = Linux ]; then $(1)/python -c 'import triton' 2>/dev/null \
+	  || $(1)/python $(PIP_INSTALL) $(2); fi
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest lint format docs docs-serve bench clean
@@ -40,8 +45,7 @@ $(VENV)/.demo: $(FRAME) | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
-	@if [ "$$(uname -s)" = Linux ]; then $(BIN)/python -c 'import triton' 2>/dev/null \
-	  || $(BIN)/python $(PIP_INSTALL) $(TRITON); fi
+	$(call add_triton,$(BIN),$(TRITON))
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo
@@ -53,6 +57,7 @@ $(OLDEST)/.dev: $(FRAME) constraints-oldest.txt
 	grep -vE "^($$(sed -n 's/==.*//p' constraints-oldest.txt | paste -sd'|' -))==" constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/constraints.txt -c constraints-oldest.txt -e '.[demo,plots]' pytest hypothesis
 	$(OLDEST)/bin/python $(PIP_INSTALL) --no-deps -r $(DATA)
+	$(call add_triton,$(OLDEST)/bin,$(OLDEST_TRITON))
 	@touch $@
 
 demo: $(VENV)/.demo

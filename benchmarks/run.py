@@ -17,6 +17,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,9 @@ def plain_attentions(
         from flash_attn import flash_attn_with_kvcache
 
         tokens_first = [states.transpose(1, 2).contiguous() for states in (query, keys, values)]
-        yield "flash-attn", lambda: flash_attn_with_kvcache(*tokens_first).transpose(1, 2)
+        yield f"flash-attn {version('flash-attn')}", lambda: flash_attn_with_kvcache(*tokens_first).transpose(1, 2)
     if importlib.util.find_spec("flashinfer"):
-        yield "flashinfer", plan_flashinfer(query, keys, values)
+        yield f"flashinfer {version('flashinfer-python')}", plan_flashinfer(query, keys, values)
 
 
 def plan_flashinfer(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], torch.Tensor]:
