@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_gsrq import GSRQCodebooks
+from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate
 from transformers_gsrq.calibration import Samples
 from transformers_gsrq.calibration.refine import refine, refit_stages
 from transformers_gsrq.ops.reference import encode_vectors
@@ -38,3 +40,18 @@ def test_refined_codebooks_fit_better_and_say_so(smollm2_samples: Samples, tiny_
     assert all(entry["after"] <= entry["before"] for entry in report)
     # The calibration's figures are those of other centroids.
     assert "report" in tiny_codebooks.provenance and "report" not in made.provenance
+
+
+def test_calibration_can_refine_what_it_fitted(
+    first_layers: tuple[PreTrainedModel, PreTrainedTokenizerBase], texts: tuple[list[str], list[str]]
+) -> None:
+    model, tokenizer = first_layers
+    config = GSRQConfig.for_model(model.config, bits=0.25, num_centroids=16)
+    options = {"num_samples": 1, "window_length": 512, "iterations": 2, "progress": False}
+    fitted = calibrate(model, tokenizer, texts[0][:1], config, **options)
+    refined = calibrate(model, tokenizer, texts[0][:1], config, **options, refine_rounds=2)
+    (step,) = refined.provenance["training"]
+    assert (step["rounds"], step["from_digest"]) == (2, fitted.digest)
+    assert sum(entry["after"] < entry["before"] for entry in step["measured"]["report"]) > len(config.layers)
+    with pytest.raises(ValueError, match="refine_rounds must be 0 or more, got -1"):
+        calibrate(model, tokenizer, texts[0][:1], config, **options, refine_rounds=-1)

@@ -43,6 +43,16 @@ def test_calibrate_and_inspect(codebooks: tuple[Path, dict[str, Any]], short_mod
     assert text.splitlines()[-1].split()[:3] == ["2", "value", f"{last['distortion']:.3f}"]
 
 
+def test_calibrate_refines_where_asked(
+    codebooks: tuple[Path, dict[str, Any]], short_model: Path, text_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "refined"
+    run("calibrate", short_model, "--text", text_files[0], "-o", out, *CALIBRATION, "--refine", 1)
+    (step,) = GSRQCodebooks.from_pretrained(out).provenance["training"]
+    assert (step["rounds"], step["from_digest"]) == (1, GSRQCodebooks.from_pretrained(codebooks[0]).digest)
+    assert "refinement" in run("inspect", out).stdout
+
+
 def test_the_same_command_gives_the_same_codebooks_after_an_interruption(
     codebooks: tuple[Path, dict[str, Any]],
     short_model: Path,

@@ -15,9 +15,10 @@ from ..text import token_windows
 from .capture import Samples, capture
 from .fit import check_options, fit
 from .gskm import Clustering, cluster
+from .refine import refine
 from .report import model_record
 
-__all__ = ["Clustering", "Samples", "calibrate", "capture", "cluster", "fit"]
+__all__ = ["Clustering", "Samples", "calibrate", "capture", "cluster", "fit", "refine"]
 
 
 def calibrate(
@@ -32,6 +33,7 @@ def calibrate(
     weighting: str = "log",
     method: str = "gskm",
     iterations: int = 20,
+    refine_rounds: int = 0,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -50,6 +52,8 @@ def calibrate(
         weighting: "log" weights vectors by the loss gradient (the paper's), "raw", or "none" (no backward pass).
         method: "gskm", or "kmeans" as a baseline.
         iterations: Updates of each clustering at most.
+        refine_rounds: Rounds of `refine` afterwards: less error at the same bits, but the first stages alone are no
+            longer a good code of a lower rate.
         seed: Of the shuffle, the sample and the clusterings.
         checkpoint: Folder that keeps finished layers, so that an interrupted calibration with the same arguments
             goes on where it stopped.
@@ -64,6 +68,8 @@ def calibrate(
     """
     config.check_model(model.config)
     check_options(weighting, method, iterations)
+    if refine_rounds < 0:
+        raise ValueError(f"refine_rounds must be 0 or more, got {refine_rounds}.")
     if max_vectors < config.num_centroids:
         raise ValueError(f"max_vectors must be at least the {config.num_centroids} centroids, got {max_vectors}.")
     windows = token_windows(tokenizer, texts, window_length, num_samples, seed)
@@ -82,7 +88,7 @@ def calibrate(
         "data": {"name": data_name, "windows": len(windows), "window_length": window_length},
         "capture_seconds": round(time.perf_counter() - began, 1),
     }
-    return fit(
+    codebooks = fit(
         samples,
         config,
         weighting=weighting,
@@ -93,3 +99,6 @@ def calibrate(
         progress=progress,
         provenance=provenance,
     )
+    if not refine_rounds:
+        return codebooks
+    return refine(samples, codebooks, rounds=refine_rounds, weighting=weighting, seed=seed, progress=progress)

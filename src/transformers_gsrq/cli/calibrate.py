@@ -49,6 +49,9 @@ def run(
     weighting: Annotated[str, typer.Option(help="log (gradients, the paper's), raw, or none (faster).")] = "log",
     method: Annotated[str, typer.Option(help="gskm, or kmeans as a baseline.")] = "gskm",
     iterations: Annotated[int, typer.Option(help="Updates of each clustering at most.")] = 20,
+    refine_rounds: Annotated[
+        int, typer.Option("--refine", min=0, help="Rounds that fit all stages together: less error, no lower rates.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the shuffle, the sample and the clusterings.")] = 0,
     base_model: Annotated[str | None, typer.Option(help="Hub id of MODEL for the model card, if it is local.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Also push to this repository.", metavar="ORG/NAME")] = None,
@@ -84,6 +87,7 @@ def run(
             weighting=weighting,
             method=method,
             iterations=iterations,
+            refine_rounds=refine_rounds,
             seed=seed,
             checkpoint=checkpoint,
             data_name=data_name,
