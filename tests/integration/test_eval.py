@@ -204,6 +204,20 @@ def test_retrieval_is_asked_at_every_length(
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["retrieval.png"]
 
 
+def test_results_survive_pictures_that_are_interrupted(
+    codebooks: Record, short_model: Path, text_files: TextFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, "draw_all", stop)
+    options = ("--measure", "retrieval", "--prompts", 1, "--prompt-length", 400, "--plots", tmp_path / "plots")
+    result = run("eval", short_model, codebooks[0], "--text", text_files[1], *SMALL, *options, "--json")
+    assert result.exit_code == 130
+    assert list(json.loads(result.stdout)["results"]) == ["plain", str(codebooks[0])]
+    assert result.stderr.endswith("gsrq: Interrupted: the pictures were not finished.\n")
+
+
 def test_a_dataset_is_read_like_files(
     codebooks: Record,
     short_model: Path,

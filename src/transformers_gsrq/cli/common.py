@@ -52,10 +52,12 @@ class Report:
     Attributes:
         figures: For machines; JSON types.
         text: For people; empty if the command has printed it already.
+        interrupted: What Ctrl-C left undone once this was found; the command then ends with 130.
     """
 
     figures: dict[str, Any]
     text: str
+    interrupted: str = ""
 
 
 class Interrupted(Exception):
@@ -86,6 +88,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
                 typer.echo(json.dumps(_json(report.figures), indent=2, allow_nan=False))
             elif report.text:
                 typer.echo(report.text)
+            if report.interrupted:
+                _fail(report.interrupted, 130, None)
 
         own = inspect.signature(function, eval_str=True)
         added = {

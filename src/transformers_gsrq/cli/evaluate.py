@@ -123,6 +123,7 @@ def run(
         lines.append(f"{len(data)} windows of {window_length} tokens of {name}.")
     if save:
         lines.append(f"Saved with: {', '.join(codebooks)}.")
+    interrupted = ""
     if plots is not None:
         from ..evaluation.plots import draw_all
 
@@ -131,8 +132,8 @@ def run(
             lines.append("Pictures: " + ", ".join(record["plots"]))
         except KeyboardInterrupt:
             # What was measured is worth more than the pictures of it.
-            lines.append("Interrupted: the pictures were not finished.")
-    return Report(record, "\n".join(lines))
+            interrupted = "Interrupted: the pictures were not finished."
+    return Report(record, "\n".join(lines), interrupted)
 
 
 def _check(settings: Settings, codebooks: list[str], plots: Path | None, save: bool) -> None:
