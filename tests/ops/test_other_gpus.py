@@ -68,6 +68,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], int]
     return run
 
 
+def is_aligned(parameter: Any, value: int) -> bool:
+    """Whether Triton compiles for a multiple of 16."""
+    return value % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+
+
 def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> int:
     """Bytes of shared memory that a launch takes on a target."""
     import triton
@@ -88,7 +93,7 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if is_aligned(parameter, value):
                 attributes[parameter.num,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
@@ -125,3 +130,38 @@ def test_encoding_compiles_and_fits(head_dim: int, subspace: int, record: Callab
     for cos_sin in ((angles, angles), None):
         (launch,) = record(lambda cos_sin=cos_sin: encode(states, centroids, cos_sin, codes), 86)
         assert compile_for(86, *launch) <= TARGETS[86]
+
+
+def specialization(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel anew for, but for options and types."""
+    found: list[Any] = [kernel.fn.__name__]
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            found.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            found.append((value == 1, is_aligned(parameter, value)))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("masked", ["", "rows"])
+@pytest.mark.parametrize("gluon", [False, True], ids=["portable", "gluon"])
+def test_nothing_is_compiled_anew_while_a_text_grows(
+    gluon: bool, masked: str, record: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new variant in the middle of a text would hold it up for seconds."""
+    from transformers_gsrq.ops.triton import decode_attention
+
+    if gluon and kernels.gluon_reason(1) is not None:
+        pytest.skip(kernels.gluon_reason(1))
+    if not gluon:
+        monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
+    variants = set()
+    for step in range(130):
+        tokens, window = 5000 + step // 64 * 64, 128 + step % 64
+        case = Case(heads=2, groups=4, tokens=tokens, window=window, masked=masked)
+        variants |= {
+            specialization(kernel, arguments)
+            for kernel, arguments, _ in record(lambda case=case: run_triton(case.build("cpu")), 86)
+        }
+    assert len(variants) == len({variant[0] for variant in variants})

@@ -49,7 +49,7 @@ def _load_head(base, cos, sin, t, num_tokens, head, s, stride_head, HALF: tl.con
     return (x * c + y * z) * shrink, (y * c - x * z) * shrink
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _encode(
     states,  # [B, H, T, D]
     centroids,  # [M, R, K, S]

@@ -57,7 +57,9 @@ def gather_rows(
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_blocks"], do_not_specialize_on_alignment=["num_groups", "blocks_per_program"]
+)
 def _key_scores(
     query,  # [B, H, N, D]
     codes,  # int32 words of [B, M, R, C]

@@ -110,7 +110,9 @@ def _swap_columns(x, turned, ROWS: gl.constexpr):
     )
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["num_tokens", "num_blocks"], do_not_specialize_on_alignment=["groups", "blocks_per_program"]
+)
 def _key_scores_shared(
     query,  # [B, H, N, D]
     codes,  # int32 words of [B, M, R, C]

@@ -62,7 +62,7 @@ def _attend_exact(
     tl.store(weights + stats, weight, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_codes", "num_exact", "mask_batch", "mask_head", "mask_query"])
 def _exact_attention(
     query, exact_keys, exact_values, sink_counts, mask, sums, maxima, weights,
     num_codes, num_exact, sink_length, scaling, softcap,
@@ -78,7 +78,7 @@ def _exact_attention(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_codes", "num_exact", "mask_batch", "mask_head", "mask_query"])
 def _combine_histograms(
     bins,  # int32, read as unsigned: [B, H, chunks, streams, N, 256]
     chunk_maxima,  # float32 [B, H, chunks, N]
@@ -150,7 +150,7 @@ def _combine_histograms(
             tl.store(code_weights + row_head * N + n, weight, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_splits"])
 def _merge(
     code_sums,  # float32 [B, H, splits, parts, N, D]
     code_maxima,  # float32 [B, H, splits, N]

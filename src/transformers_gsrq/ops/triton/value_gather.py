@@ -33,7 +33,10 @@ def _load_logits(
     return tl.where(visible, logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_blocks", "mask_batch", "mask_head", "mask_query"],
+    do_not_specialize_on_alignment=["num_groups", "blocks_per_program"],
+)
 def _value_gather(
     scores,  # int32 [B, H, N, scores_stride]
     codes,  # int32 words of [B, M, R, C]

@@ -41,7 +41,7 @@ def _load_logits(
     return gl.where(visible, logits, float("-inf"))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tokens", "mask_batch", "mask_head", "mask_query"])
 def _value_histogram(
     scores,  # int32 [B, H, N, scores_stride]
     codes,  # uint8 [B, M, R, C]
