@@ -79,7 +79,13 @@ def quantized_codec(config: PreTrainedConfig, backend: str, nbits: int, kind: st
     """
     layer = quantized_cache(config, backend, nbits).layers[0]
     axis = layer.axis_key if kind == "key" else layer.axis_value
-    return lambda states: layer._dequantize(layer._quantize(states.contiguous(), axis=axis)).to(states.dtype)
+
+    def codec(states: torch.Tensor) -> torch.Tensor:
+        # hqq asks the layer's own keys for device and dtype.
+        layer.keys = states
+        return layer._dequantize(layer._quantize(states.contiguous(), axis=axis)).to(states.dtype)
+
+    return codec
 
 
 def quantized_backends() -> list[str]:

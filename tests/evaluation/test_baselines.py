@@ -119,17 +119,21 @@ def test_heads_without_groups_are_named(layer_samples: Samples) -> None:
         fit_strided(layer_samples, config)
 
 
-@pytest.mark.skipif("quanto" not in quantized_backends(), reason="optimum-quanto is not installed")
-def test_transformers_own_quantized_cache(smollm2: tuple[Any, Any], texts: tuple[list[str], list[str]]) -> None:
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_transformers_own_quantized_cache(
+    smollm2: tuple[Any, Any], texts: tuple[list[str], list[str]], backend: str
+) -> None:
     """The codec gives what the cache gives: its second update returns what the first one stored."""
+    if backend not in quantized_backends():
+        pytest.skip(f"the package of {backend} is not installed")
     model, tokenizer = smollm2
     ids = tokenizer(texts[1][0], return_tensors="pt")["input_ids"][:, :256]
     with torch.no_grad():
         plain = model(ids, past_key_values=DynamicCache()).past_key_values.layers[5]
     errors = {}
     for bits in (2, 4):
-        method = QuantizedCacheMethod(model.config, "quanto", bits)
-        cache = quantized_cache(model.config, "quanto", bits)
+        method = QuantizedCacheMethod(model.config, backend, bits)
+        cache = quantized_cache(model.config, backend, bits)
         cache.update(plain.keys, plain.values, 0)
         held = cache.update(plain.keys[:, :, :1], plain.values[:, :, :1], 0)
         for kind, states, stored in zip(("key", "value"), (plain.keys, plain.values), held, strict=True):
