@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate
@@ -135,7 +136,13 @@ def test_an_interrupted_run_goes_on_where_it_was(
         patch.setattr(module._Trainer, "_train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(*first_layers, texts[0][:2], small, **options)
-    assert (tmp_path / "state.safetensors").is_file()
+    state = tmp_path / "state.safetensors"
+    kept = state.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setitem(PartialState._shared_state, "num_processes", 2)
+        with pytest.raises(ValueError, match="was begun with 1 process.* cannot go on with 2"):
+            finetune(*first_layers, texts[0][:2], small, **options)
+    assert state.read_bytes() == kept
     steps = []
 
     def counted(trainer: module._Trainer) -> float:

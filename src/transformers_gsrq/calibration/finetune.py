@@ -111,7 +111,8 @@ def finetune(
         course.
 
     Raises:
-        ValueError: if the codebooks do not fit the model, an option is out of range, or the text is too short.
+        ValueError: if the codebooks do not fit the model, an option is out of range, the text is too short, or the
+            checkpoint was begun with another number of processes.
     """
     chosen = FinetuneOptions(**options)
     codebooks.config.check_model(model.config)
@@ -361,7 +362,7 @@ class _Trainer:
                 tensors[f"{name}.{moment}"] = tensor
         progress = {
             "step": self.step, "course": self.course, "seconds": self.seconds, "stopped": self.stopped,
-            "slowdown": self.slowdown,
+            "slowdown": self.slowdown, "processes": self.state.num_processes,
         }  # fmt: skip
         metadata = {"identity": self._identity, "progress": json.dumps(progress)}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
@@ -376,6 +377,12 @@ class _Trainer:
                 logger.warning("%s belongs to a distillation with other arguments; starting anew.", path)
                 return
             progress = json.loads(metadata["progress"])
+            if progress["processes"] != self.state.num_processes:
+                # Its steps would read other windows than those before them.
+                raise ValueError(
+                    f"The distillation in {self.folder} was begun with {progress['processes']} process(es) and cannot "
+                    f"go on with {self.state.num_processes}. Launch as many as before, or begin another elsewhere."
+                )
             self.step, self.course = progress["step"], progress["course"]
             self.seconds, self.stopped = progress["seconds"], progress["stopped"]
             self.slowdown = progress["slowdown"]
