@@ -414,7 +414,7 @@ def main() -> None:
 def run_study(study: Study) -> dict[str, Any]:
     """All stages of the parts asked for."""
     args = study.args
-    high, low = study.stages[2.0], study.stages[1.0]
+    high = study.stages[2.0]
     study.run("capture", study.capture)
     study.run("haystacks", study.read_haystacks)
     if "recipe" in args.parts or "improved" in args.parts:
@@ -437,10 +437,10 @@ def run_study(study: Study) -> dict[str, Any]:
             label = method if weighting == "none" else "GSKM + raw"
             study.run(
                 f"fit {label}",
-                lambda m=method, w=weighting, n=label: study.learn(n, low, low, method=m, weighting=w),
+                lambda m=method, w=weighting, n=label: study.learn(n, high, high, method=m, weighting=w),
                 needs=25,
             )
-            study.run(f"{label} rows", lambda n=label: half_rows(study, n))
+            study.run(f"{label} rows", lambda n=label: clustering_rows(study, n))
     if "baselines" in args.parts:
         study.run("scalar rows", lambda: scalar_rows(study))
         study.run("coupled", lambda: coupled_rows(study), needs=20)
@@ -459,10 +459,10 @@ def improved_rows(study: Study, rate: float) -> None:
     study.measure(study.learned_rows("split", [rate], beam), prompts=0)
 
 
-def half_rows(study: Study, name: str) -> None:
-    """Rates of 1 bit and below; retrieval on a quarter of the prompts."""
+def clustering_rows(study: Study, name: str) -> None:
+    """All rates; retrieval on a quarter of the prompts."""
     if name in study.codebooks:
-        study.measure(study.even_rows(name, name, RATES[1:]), prompts=4)
+        study.measure(study.even_rows(name, name, RATES), prompts=4)
 
 
 def scalar_rows(study: Study) -> None:
