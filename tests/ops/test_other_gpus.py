@@ -99,17 +99,20 @@ def compile_for(capability: int, kernel: Any, arguments: dict[str, Any], options
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
-@pytest.mark.parametrize("gluon", [False, True], ids=["portable", "gluon"])
-@pytest.mark.parametrize(("name", "capability"), PLACES)
-def test_decoding_compiles_and_fits(
-    name: str, gluon: bool, capability: int, record: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=["portable", "gluon"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding takes the kernels of this kind."""
     from transformers_gsrq.ops.triton import decode_attention
 
-    if gluon and kernels.gluon_reason(1) is not None:
-        pytest.skip(kernels.gluon_reason(1))
-    if not gluon:
+    if request.param == "portable":
         monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
+    elif kernels.gluon_reason(1) is not None:
+        pytest.skip(kernels.gluon_reason(1))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize(("name", "capability"), PLACES)
+def test_decoding_compiles_and_fits(name: str, capability: int, record: Callable) -> None:
     case = DECODING[name]
     case.dtype = torch.bfloat16
     launches = record(lambda: run_triton(case.build("cpu")), capability)
@@ -144,18 +147,10 @@ def specialization(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("masked", ["", "rows"])
-@pytest.mark.parametrize("gluon", [False, True], ids=["portable", "gluon"])
-def test_nothing_is_compiled_anew_while_a_text_grows(
-    gluon: bool, masked: str, record: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_compiled_anew_while_a_text_grows(masked: str, record: Callable) -> None:
     """A new variant in the middle of a text would hold it up for seconds."""
-    from transformers_gsrq.ops.triton import decode_attention
-
-    if gluon and kernels.gluon_reason(1) is not None:
-        pytest.skip(kernels.gluon_reason(1))
-    if not gluon:
-        monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
     variants = set()
     for step in range(130):
         tokens, window = 5000 + step // 64 * 64, 128 + step % 64

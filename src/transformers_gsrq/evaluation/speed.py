@@ -104,14 +104,20 @@ def _measure(
 ) -> Speed:
     on_gpu = model.device.type == "cuda"
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
-    if on_gpu:
+
+    def take_peak() -> int | None:
+        """The most that was allocated since the last call, beyond what was there before."""
+        if not on_gpu:
+            return None
+        peak = torch.cuda.max_memory_allocated(model.device) - before
         torch.cuda.reset_peak_memory_stats(model.device)
+        return peak
+
+    take_peak()
     began = now(model)
     model(input_ids=token_ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
     prefill = now(model) - began
-    prefill_peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
+    prefill_peak = take_peak()
     times = []
     for index in range(context, context + new_tokens + 1):
         began = now(model)
@@ -119,8 +125,8 @@ def _measure(
         times.append((now(model) - began) * 1000)
     lower, median, upper = statistics.quantiles(times[1:], n=4)
     allocated = torch.cuda.memory_allocated(model.device) - before if on_gpu else None
-    peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    return Speed(name, context, prefill, median, (upper - lower) / 2, *_bytes(cache), allocated, prefill_peak, peak)
+    spread = (upper - lower) / 2
+    return Speed(name, context, prefill, median, spread, *_bytes(cache), allocated, prefill_peak, take_peak())
 
 
 def now(model: PreTrainedModel) -> float:

@@ -4,7 +4,7 @@ Four steps: scores of the coded keys (`key_scores`), softmax-weighted sums of th
 `value_gather` where that cannot run), attention to the exact tokens, and the merge of the parts by log-sum-exp.
 
 Triton compiles a kernel anew for integers that are 1 or multiples of 16. The kernels do without for what changes as a
-text grows: another variant in the middle of it would hold it up for seconds, and the machine code was the same.
+text grows: another variant in the middle of it would hold it up for seconds, and the machine code is all but the same.
 """
 
 from __future__ import annotations
