@@ -154,7 +154,7 @@ def test_a_query_that_is_nan_stays_so() -> None:
     """A model that overflowed must not look as if it saw nothing."""
     inputs = Case(tokens=200).build(DEVICE)
     inputs["query"][:, 1] = torch.nan
-    found = run_triton(inputs)
+    found = run_triton(inputs).cpu()
     assert torch.equal(found.isnan(), decode_attention_oracle(inputs).isnan())
     assert found[:, 1].isnan().all() and not found[:, 0].isnan().any()
 
