@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.demo import DEFAULT_FOLDER, load_embedded_codebooks, load_embedded_model, load_embedded_texts
 from transformers_gsrq.evaluation.agreement import equal_tokens
 from transformers_gsrq.evaluation.records import circumstances
@@ -48,7 +49,7 @@ def compare(
         for name, way in {"greedy": {}, **ways}.items():
             cache = GSRQCache(codebooks, model, residual_length=window)
             settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
-            out = model.generate(prompt[None], past_key_values=cache, **settings, **way)
+            out = model.generate(prompt[None], **{CACHE_ARGUMENT: cache}, **settings, **way)
             texts[name] = out[0, len(prompt) :]
         for name in ways:
             equal[name].append(equal_tokens(texts[name], texts["greedy"]))

@@ -24,6 +24,7 @@ from lines import add_arguments, write
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.config import KINDS, head_geometry
 from transformers_gsrq.evaluation.speed import measure_speed
 from transformers_gsrq.loading import load_model
@@ -116,7 +117,7 @@ def largest(fits_at: Callable[[int], bool], limit: int) -> int:
 def _decodes(model: PreTrainedModel, make: Callable[[int], Cache], count: int) -> bool:
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        model(token, past_key_values=make(count), logits_to_keep=1)
+        model(token, **{CACHE_ARGUMENT: make(count)}, logits_to_keep=1)
     except torch.OutOfMemoryError:
         return False
     finally:

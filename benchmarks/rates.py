@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
 from transformers_gsrq.calibration import capture, fit
-from transformers_gsrq.compat import library_versions
+from transformers_gsrq.compat import CACHE_ARGUMENT, library_versions
 from transformers_gsrq.demo import load_embedded_model, load_embedded_texts
 from transformers_gsrq.evaluation import measure_perplexity
 from transformers_gsrq.evaluation.records import git_commit
@@ -57,7 +57,7 @@ def show_text(
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS].to(model.device)
     made = {}
     for name, cache in (("plain", None), ("gsrq", GSRQCache(codebooks, model))):
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=80, do_sample=False)
+        out = model.generate(ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=80, do_sample=False)
         made[name] = tokenizer.decode(out[0, ids.shape[1] :])
         print(f"--- {name}: {made[name]}")
     return made

@@ -38,6 +38,6 @@ caches = {
 }
 for name, cache in caches.items():
     with torch.inference_mode():
-        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.max_new_tokens, do_sample=False)
+        out = model.generate(**inputs, cache=cache, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(f"--- {name}\n{tokenizer.decode(out[0, prompt_length:], skip_special_tokens=True)}\n")
 print(caches["compressed cache"].memory())

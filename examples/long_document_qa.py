@@ -57,13 +57,13 @@ starts = torch.cat([ids[:, : shortest - 1] for ids in prompts])
 shared = int((starts == starts[0]).all(0).cumprod(0).sum())
 cache = GSRQCache(codebooks, model)
 with torch.inference_mode():
-    model(input_ids=prompts[0][:, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=prompts[0][:, :shared], cache=cache, use_cache=True, logits_to_keep=1)
 print(f"{shared} tokens read once.\n{cache.memory()}\n")
 
 for question, ids in zip(questions, prompts, strict=True):
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=args.max_new_tokens,
+            ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=args.max_new_tokens,
             do_sample=False,
         )  # fmt: skip
     print(f"{question}\n  {tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()}\n")

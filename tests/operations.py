@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel, StoppingCriteria, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 # Small, so that short texts leave the window; the prompt is longer than a sliding window of the tiny models.
 OPTIONS = {"residual_length": 5, "sink_length": 2, "chunk_length": 3}
@@ -49,7 +50,7 @@ class Bench:
         settings = {"max_new_tokens": self.new_tokens, "do_sample": False, "eos_token_id": None, **settings}
         mask = settings.pop("attention_mask", self.mask[rows])
         prompt = settings.pop("prompt", self.prompt[rows])
-        settings.setdefault("past_key_values", self.make_cache(mask))
+        settings.setdefault(CACHE_ARGUMENT, self.make_cache(mask))
         torch.manual_seed(7)
         prompt, mask = prompt.to(self.model.device), mask.to(self.model.device)
         out = self.model.generate(
@@ -62,7 +63,7 @@ class Bench:
         """Logits of new tokens; `mask` covers all tokens, cached and new."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         tokens, mask, positions = (tensor.to(self.model.device) for tensor in (tokens, mask, positions))
-        return self.model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        return self.model(tokens, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache}).logits
 
     def filled(self) -> tuple[Cache, torch.Tensor]:
         """A cache that holds the prompt, and the mask of its tokens."""
@@ -150,7 +151,9 @@ def turns(bench: Bench) -> list[torch.Tensor]:
     mask, prompt, out = bench.mask, bench.prompt, []
     cache = bench.make_cache(mask)
     for turn in range(3):
-        part = [tensor.cpu() for tensor in bench.generate(prompt=prompt, attention_mask=mask, past_key_values=cache)]
+        part = [
+            tensor.cpu() for tensor in bench.generate(prompt=prompt, attention_mask=mask, **{CACHE_ARGUMENT: cache})
+        ]
         out += part
         said = (torch.arange(7) * (turn + 2) % 60 + 5).expand(2, -1)
         prompt = torch.cat([part[0], said], -1)
@@ -250,7 +253,7 @@ def several_tokens(bench: Bench) -> list[torch.Tensor]:
 
 def beyond_capacity(bench: Bench) -> list[torch.Tensor]:
     cache = bench.make_cache(bench.mask, max_length=bench.prompt.shape[1] + 2)
-    return bench.generate(past_key_values=cache, max_new_tokens=2 * bench.new_tokens)
+    return bench.generate(**{CACHE_ARGUMENT: cache}, max_new_tokens=2 * bench.new_tokens)
 
 
 NEEDS_RECORDING = "sliding-window layers cannot go back unless `activate_past_recording` was called first"

@@ -20,6 +20,7 @@ from test_cache_states import CODEBOOKS, HEAD_DIM, HEADS, LAYERS, MODEL, MODULES
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, fused
 from transformers_gsrq.attention import Step
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 # A code that two roundings of a state put on different sides of a tie moves that state by up to a centroid's distance;
 # such states are counted, all others must agree to the rounding of the dtype.
@@ -65,7 +66,7 @@ def test_a_copy_shares_what_never_changes() -> None:
     model = SUPPORTED["llama"].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     other = copy.deepcopy(cache)
     assert other.codebooks is cache.codebooks
     for ours, theirs in zip(cache.layers, other.layers, strict=True):
@@ -80,7 +81,7 @@ def test_an_empty_cache_is_false() -> None:
     cache = GSRQCache(random_codebooks(model), model)
     assert not cache and len(cache) == 3 and cache.get_max_length() == -1
     assert cache.is_croppable and not cache.is_compileable and cache.is_sliding == [False] * 3
-    model(PROMPT, past_key_values=cache)
+    model(PROMPT, **{CACHE_ARGUMENT: cache})
     assert cache
 
 
@@ -95,12 +96,12 @@ def test_reset_ends_the_recording_of_drafts() -> None:
     model = SUPPORTED["gemma3"].build()
     codebooks = random_codebooks(model)
     used, fresh = (GSRQCache(codebooks, model, **OPTIONS) for _ in range(2))
-    model.generate(PROMPT[:1], past_key_values=used, max_new_tokens=5, prompt_lookup_num_tokens=3, do_sample=False)
+    model.generate(PROMPT[:1], **{CACHE_ARGUMENT: used}, max_new_tokens=5, prompt_lookup_num_tokens=3, do_sample=False)
     assert used.get_seq_length() > 30
     used.reset()
     with torch.no_grad():
         for cache in (used, fresh):
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT, **{CACHE_ARGUMENT: cache})
     assert fresh.layers[1].num_stored == 25
     assert_unchanged(used, contents(fresh))
     assert not any(layer.record_past for layer in used.layers)
@@ -114,7 +115,7 @@ def test_every_call_of_a_quantized_prefill_is_quantized() -> None:
     for size in (60, 20):
         cache = GSRQCache(codebooks, model, residual_length=0, sink_length=0, quantize_prefill=True)
         with torch.no_grad():
-            seen.append(torch.cat([model(part, past_key_values=cache).logits for part in text.split(size, 1)], 1))
+            seen.append(torch.cat([model(part, **{CACHE_ARGUMENT: cache}).logits for part in text.split(size, 1)], 1))
         assert [layer.num_stored for layer in cache.layers] == [60] * 3
     torch.testing.assert_close(*seen, rtol=0, atol=1e-4)
 
@@ -145,17 +146,17 @@ def test_inference_mode(name: str) -> None:
         codebooks = random_codebooks(model)
         cache = GSRQCache(codebooks, model, **OPTIONS, max_length=100)
         with mode():
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT, **{CACHE_ARGUMENT: cache})
             for token in PROMPT.split(1, 1)[:5]:
-                model(token, past_key_values=cache)
+                model(token, **{CACHE_ARGUMENT: cache})
             cache.reorder_cache(torch.tensor([1, 0]))
             for layer in cache.layers:
                 layer.offload()
                 layer.prefetch()
             cache = copy.deepcopy(cache)
-        out = [model(token, past_key_values=cache).logits for token in PROMPT.split(1, 1)[:20]]
+        out = [model(token, **{CACHE_ARGUMENT: cache}).logits for token in PROMPT.split(1, 1)[:20]]
         out[-1].sum().backward()
-        model(PROMPT, past_key_values=GSRQCache(codebooks, model, **OPTIONS)).logits.sum().backward()
+        model(PROMPT, **{CACHE_ARGUMENT: GSRQCache(codebooks, model, **OPTIONS)}).logits.sum().backward()
         logits.append(torch.cat(out, 1).detach())
     assert torch.equal(*logits)
 
@@ -176,7 +177,7 @@ def test_autocast(name: str) -> None:
             seen = torch.cat([mask, mask.new_ones(2, step)], -1)
             positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=step < 8):
-                out = model(tokens, attention_mask=seen, position_ids=positions, past_key_values=cache)
+                out = model(tokens, attention_mask=seen, position_ids=positions, **{CACHE_ARGUMENT: cache})
             steps.append(out.logits[:, -1].float())
             if kind == "coded" and step == 0:
                 for layer in cache.layers:
@@ -198,7 +199,7 @@ def fill(model: PreTrainedModel, kind: type, **options: int) -> GSRQCache | Orac
     prompt, mask = padded_prompt()
     cache = kind(random_codebooks(model), model, *([mask] if kind is OracleCache else []), **options)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    cache.sequences = model.generate(prompt, attention_mask=mask, past_key_values=cache, **settings)
+    cache.sequences = model.generate(prompt, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **settings)
     return cache
 
 
@@ -221,7 +222,7 @@ def test_dtypes_and_attentions(name: str, dtype: torch.dtype, attention: str) ->
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         for cache in (ours, oracle):
-            model(prompt, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(prompt, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache})
     for layer, other in zip(ours.layers, oracle.layers, strict=True):
         if layer not in ours.compressed_layers:
             continue
@@ -244,7 +245,7 @@ def test_flex_attention(name: str) -> None:
     # Not compiled: that takes a minute and changes no number.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         sdpa, flex = (
-            each(prompt, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            each(prompt, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache}).logits
             for each, cache in zip((reference, model), caches, strict=True)
         )
     assert caches[1].table.starts.tolist() == [13, 0]
@@ -296,7 +297,7 @@ def test_no_operation_copies_the_cache_twice() -> None:
     model = replace(architecture, settings={"num_hidden_layers": 8, "max_position_embeddings": 8192}).build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS, max_length=4000)
     with torch.no_grad():
-        model(torch.randint(3, 90, (4, 2000)), past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(3, 90, (4, 2000)), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     memory = cache.memory()
     assert memory.reserved > 0.8 * memory.codes
     one_layer = memory.cache / 8
@@ -310,4 +311,4 @@ def test_no_operation_copies_the_cache_twice() -> None:
     decoded = 2 * 4 * cache.get_seq_length() * 2 * 16 * 4
     step = torch.randint(3, 90, (4, 1))
     with torch.no_grad():
-        assert peak_bytes(cache, lambda: model(step, past_key_values=cache)) <= 8 * decoded + one_layer
+        assert peak_bytes(cache, lambda: model(step, **{CACHE_ARGUMENT: cache})) <= 8 * decoded + one_layer

@@ -16,6 +16,7 @@ import transformers_gsrq
 from operations import OPTIONS
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.quantizer import ResidualQuantizer
 
 
@@ -37,7 +38,7 @@ def cache(model: PreTrainedModel, codebooks: GSRQCodebooks) -> GSRQCache:
     """Thirty tokens in two rows."""
     cache = GSRQCache(codebooks, model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     return cache
 
 
@@ -62,7 +63,7 @@ def assert_unchanged(cache: GSRQCache, before: list[torch.Tensor]) -> None:
 @torch.no_grad()
 def next_logits(model: PreTrainedModel, cache: GSRQCache, count: int = 4) -> torch.Tensor:
     tokens = (torch.arange(count * 2) * 11 % 90 + 3).view(2, count)
-    return model(tokens, past_key_values=cache).logits
+    return model(tokens, **{CACHE_ARGUMENT: cache}).logits
 
 
 WRONG = {
@@ -101,7 +102,7 @@ def test_wrong_operation(case: str, model: PreTrainedModel, cache: GSRQCache) ->
 def test_another_batch(model: PreTrainedModel, cache: GSRQCache) -> None:
     before = contents(cache)
     with pytest.raises(ValueError, match="holds 2 rows, but the model was given 3"):
-        model(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(3, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache})
     assert_unchanged(cache, before)
 
 
@@ -129,14 +130,14 @@ def test_a_decoder_called_with_a_positional_cache(name: str) -> None:
     model = SUPPORTED[name].build()
     codebooks = random_codebooks(model)
     decoder = model.get_decoder()
-    place = list(inspect.signature(decoder.forward).parameters).index("past_key_values")
+    place = list(inspect.signature(decoder.forward).parameters).index(CACHE_ARGUMENT)
     outputs = []
     for positional in (False, True):
         cache = GSRQCache(codebooks, model, **OPTIONS)
         with torch.no_grad():
             for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :4]):
                 arguments = (tokens, *[None] * (place - 1), cache)
-                out = decoder(*arguments) if positional else decoder(tokens, past_key_values=cache)
+                out = decoder(*arguments) if positional else decoder(tokens, **{CACHE_ARGUMENT: cache})
         assert cache.get_seq_length() == cache.memory().tokens == 35
         outputs.append(out[0])
     assert torch.equal(*outputs)
@@ -149,7 +150,9 @@ def test_layers_run_by_hand(model: PreTrainedModel, cache: GSRQCache) -> None:
     hidden = model.model.embed_tokens(PROMPT[:, :4])
     embeddings = model.model.rotary_emb(hidden, positions)
     with pytest.raises(RuntimeError, match=r"run one by one.*call the model, or model.get_decoder\(\)"):
-        model.model.layers[0](hidden, position_ids=positions, past_key_values=cache, position_embeddings=embeddings)
+        model.model.layers[0](
+            hidden, position_ids=positions, **{CACHE_ARGUMENT: cache}, position_embeddings=embeddings
+        )
     assert_unchanged(cache, before)
     assert torch.equal(next_logits(model, cache), expected)
 
@@ -186,7 +189,7 @@ def test_detached_model(name: str) -> None:
     model = SUPPORTED[name].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache))
     transformers_gsrq.detach(model)
     with pytest.raises(RuntimeError, match="attach"):
@@ -238,7 +241,7 @@ def test_failed_encoding(name: str, count: int, call: int, monkeypatch: pytest.M
     model = SUPPORTED[name].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     next_logits(model, cache, 3)
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache), count)
     with monkeypatch.context() as patch:
@@ -276,7 +279,7 @@ def test_failure_after_the_cache(name: str, error: BaseException, monkeypatch: p
     model = SUPPORTED[name].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache), 40)
     mlp = next(m for n, m in model.named_modules() if n.endswith("1.mlp"))
     with monkeypatch.context() as patch:
@@ -299,12 +302,12 @@ def test_failed_first_prompt(
     with monkeypatch.context() as patch:
         patch.setattr(ResidualQuantizer, "encode", fail_at(4, OUT_OF_MEMORY, ResidualQuantizer.encode))
         with pytest.raises(torch.OutOfMemoryError):
-            model(PROMPT, past_key_values=cache)
+            model(PROMPT, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == cache.table.length == 0
     assert not cache and not any(layer.is_initialized for layer in cache.layers)
     with torch.no_grad():
-        again = model(PROMPT, past_key_values=cache).logits
-        assert torch.equal(again, model(PROMPT, past_key_values=GSRQCache(codebooks, model, **OPTIONS)).logits)
+        again = model(PROMPT, **{CACHE_ARGUMENT: cache}).logits
+        assert torch.equal(again, model(PROMPT, **{CACHE_ARGUMENT: GSRQCache(codebooks, model, **OPTIONS)}).logits)
 
 
 def test_failed_selection_says_so_later(
@@ -320,7 +323,7 @@ def test_failed_selection_says_so_later(
         next_logits(model, cache)
     cache.reset()
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 30
 
 
@@ -343,7 +346,7 @@ def test_sliding_layers_that_forgot() -> None:
     model = SUPPORTED["gemma3"].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-3)
@@ -363,14 +366,14 @@ def test_phi3_context_cannot_cross(name: str) -> None:
     codebooks = random_codebooks(model)
     cache = GSRQCache(codebooks, model, **OPTIONS)
     with pytest.raises(ValueError, match=f"At {limit} this model's generate drops every cache"):
-        model.generate(PROMPT, past_key_values=cache, max_new_tokens=20, eos_token_id=None)
+        model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, max_new_tokens=20, eos_token_id=None)
     assert cache.get_seq_length() == limit - 1
     cache = GSRQCache(codebooks, model, **OPTIONS)
-    model.generate(PROMPT, past_key_values=cache, max_new_tokens=10, eos_token_id=None)
+    model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, max_new_tokens=10, eos_token_id=None)
     assert cache.get_seq_length() == limit - 1
     # A prompt beyond it is served, by this cache and no other.
     cache = GSRQCache(codebooks, model, **OPTIONS)
-    out = model.generate(PROMPT.repeat(1, 2), past_key_values=cache, max_new_tokens=5, eos_token_id=None)
+    out = model.generate(PROMPT.repeat(1, 2), **{CACHE_ARGUMENT: cache}, max_new_tokens=5, eos_token_id=None)
     assert cache.get_seq_length() == out.shape[1] - 1 == 64
     assert all(layer.num_stored > 0 for layer in cache.compressed_layers)
     assert [layer.uses_long_rotary for layer in cache.compressed_layers] == [name == "phi3-longrope"] * 3
@@ -380,7 +383,7 @@ def test_cache_does_not_keep_its_model_alive(codebooks: GSRQCodebooks, tmp_path:
     model: LlamaForCausalLM | None = SUPPORTED["llama"].build()
     cache = GSRQCache(codebooks, model, **OPTIONS)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
     model = None
     gc.collect()
     with pytest.raises(RuntimeError, match="was deleted"):

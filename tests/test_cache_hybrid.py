@@ -13,6 +13,7 @@ from operations import OPTIONS
 from test_cache_errors import OUT_OF_MEMORY, PROMPT, fail_at
 from tiny_models import VOCABULARY, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.host
 MUST_RESET = r"linear-attention states.*cache\.reset\(\)"
@@ -42,7 +43,7 @@ def codebooks(model: PreTrainedModel) -> GSRQCodebooks:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, cache: GSRQCache, tokens: torch.Tensor) -> torch.Tensor:
-    return model(tokens, past_key_values=cache).logits
+    return model(tokens, **{CACHE_ARGUMENT: cache}).logits
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from operations import OPTIONS
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 pytestmark = pytest.mark.host
 PROMPT = 40
@@ -35,9 +36,9 @@ def test_a_compiled_model_decodes_the_same_and_compiles_once() -> None:
     @torch.no_grad()
     def decode(module: nn.Module) -> torch.Tensor:
         cache = GSRQCache(codebooks, model, **OPTIONS)
-        logits = [module(ids[:, :PROMPT], past_key_values=cache).logits[:, -1:]]
+        logits = [module(ids[:, :PROMPT], **{CACHE_ARGUMENT: cache}).logits[:, -1:]]
         for index in range(PROMPT, TOKENS):
-            logits.append(module(ids[:, index : index + 1], past_key_values=cache).logits)
+            logits.append(module(ids[:, index : index + 1], **{CACHE_ARGUMENT: cache}).logits)
             compiled.append(counters["frames"]["total"])
         assert cache.layers[0].num_stored > PROMPT
         return torch.cat(logits, 1)
@@ -55,7 +56,7 @@ def test_nothing_keeps_a_deleted_model() -> None:
     model = SUPPORTED["llama"].build()
     cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
     with torch.no_grad():
-        model(torch.arange(PROMPT)[None], past_key_values=cache)
+        model(torch.arange(PROMPT)[None], **{CACHE_ARGUMENT: cache})
     attention = weakref.ref(model.model.layers[0].self_attn)
     del model, cache
     gc.collect()

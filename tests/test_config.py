@@ -8,6 +8,7 @@ import re
 
 import pytest
 from transformers import (
+    CONFIG_MAPPING,
     CpmAntConfig,
     DeepseekV3Config,
     FalconConfig,
@@ -114,6 +115,8 @@ def test_layers_of_different_heads_are_refused() -> None:
     [
         (T5Config(), "encoder-decoder"),
         (DeepseekV3Config(), "multi-head latent attention"),
+        # Each layer may have a rank of its own, and the config has none.
+        (CONFIG_MAPPING["dots3_note_text"](), "multi-head latent attention"),
         (MistralConfig(sliding_window=128), "no layer with plain full attention"),
         (MambaConfig(), "no layer with plain full attention"),
         (MiniMaxConfig(), "no cache but its own"),

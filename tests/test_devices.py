@@ -20,6 +20,7 @@ from test_operations import make_bench
 from tiny_models import SUPPORTED, Architecture, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQConfig
 from transformers_gsrq.calibration import capture, fit
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 SETTINGS = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
 DETERMINISTIC = [name for name in OPERATIONS if name not in ("sampling", "beam-sampling", "several-sequences")]
@@ -34,11 +35,11 @@ def test_weights_offloaded_by_accelerate(name: str, tmp_path: Path) -> None:
     """Weights that are fetched for each call and lie on the meta device between calls."""
     plain = SUPPORTED[name].build()
     codebooks = random_codebooks(plain)
-    expected = plain.generate(PROMPT, past_key_values=GSRQCache(codebooks, plain, **OPTIONS), **SETTINGS)
+    expected = plain.generate(PROMPT, **{CACHE_ARGUMENT: GSRQCache(codebooks, plain, **OPTIONS)}, **SETTINGS)
     model = accelerate.cpu_offload(SUPPORTED[name].build(), execution_device=torch.device("cpu"))
     assert {parameter.device.type for parameter in model.model.layers.parameters()} == {"meta"}
     cache = GSRQCache(codebooks, model, **OPTIONS)
-    assert torch.equal(model.generate(PROMPT, past_key_values=cache, **SETTINGS), expected)
+    assert torch.equal(model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, **SETTINGS), expected)
     cache.save(tmp_path / "cache.safetensors")
     assert_unchanged(GSRQCache.load(tmp_path / "cache.safetensors", codebooks, model), contents(cache))
 
@@ -81,9 +82,9 @@ def test_layers_on_several_devices(name: str, devices: tuple[int | str, ...], tm
     mask = torch.ones_like(PROMPT)
     mask[0, :9] = 0
     inputs = {"inputs": PROMPT.to("cuda:0"), "attention_mask": mask.to("cuda:0"), **SETTINGS}
-    expected = alone.generate(**inputs, past_key_values=GSRQCache(codebooks, alone, **OPTIONS))
+    expected = alone.generate(**inputs, **{CACHE_ARGUMENT: GSRQCache(codebooks, alone, **OPTIONS)})
     cache = GSRQCache(codebooks, model, **OPTIONS)
-    assert torch.equal(model.generate(**inputs, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**inputs, **{CACHE_ARGUMENT: cache}), expected)
     for index, layer in enumerate(cache.layers):
         own = torch.device("cuda", 0 if devices[index] == "cpu" else devices[index])
         assert layer.keys.device == own
@@ -92,7 +93,7 @@ def test_layers_on_several_devices(name: str, devices: tuple[int | str, ...], tm
             assert {tensor.device for tensor in held} == {own}
     beams = {**inputs, "num_beams": 3}
     ours, theirs = (
-        each.generate(**beams, past_key_values=GSRQCache(codebooks, each, **OPTIONS)) for each in (model, alone)
+        each.generate(**beams, **{CACHE_ARGUMENT: GSRQCache(codebooks, each, **OPTIONS)}) for each in (model, alone)
     )
     assert torch.equal(ours, theirs)
     # Saved from several devices, loaded onto them.
@@ -106,7 +107,7 @@ def test_layers_on_several_devices(name: str, devices: tuple[int | str, ...], tm
         loaded.crop(-30)
     following = torch.cat([expected[1:], expected[1:, -3:]], -1)
     following = following[:, : loaded.get_seq_length() + 3]
-    model.generate(following, past_key_values=loaded, **SETTINGS)
+    model.generate(following, **{CACHE_ARGUMENT: loaded}, **SETTINGS)
 
 
 @pytest.mark.gpu
@@ -144,8 +145,8 @@ def test_kernels_on_several_devices() -> None:
     logits = []
     for each in (alone, model):
         cache = GSRQCache(codebooks, each, **OPTIONS)
-        each(PROMPT.to("cuda:0"), past_key_values=cache)
-        steps = [each(PROMPT[:, i : i + 1].to("cuda:0"), past_key_values=cache).logits.float() for i in range(6)]
+        each(PROMPT.to("cuda:0"), **{CACHE_ARGUMENT: cache})
+        steps = [each(PROMPT[:, i : i + 1].to("cuda:0"), **{CACHE_ARGUMENT: cache}).logits.float() for i in range(6)]
         assert cache.backend == "triton"
         logits.append(torch.cat(steps, 1))
     assert (logits[1] - logits[0]).norm() < 5e-3 * logits[0].norm()
@@ -171,7 +172,7 @@ def test_peak_memory_of_each_operation() -> None:
     tokens = torch.randint(0, 512, (4, 8192), device="cuda")
     cache = GSRQCache(codebooks, model)
     with torch.no_grad():
-        model(tokens, past_key_values=cache, logits_to_keep=1)
+        model(tokens, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     memory = cache.memory()
     held = memory.cache
     one_layer = held / len(cache.layers)
@@ -191,7 +192,7 @@ def test_peak_memory_of_each_operation() -> None:
     def step(count: int) -> Callable[[], object]:
         def run() -> None:
             with torch.no_grad():
-                model(tokens[:, :count], past_key_values=cache, logits_to_keep=1)
+                model(tokens[:, :count], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
 
         return run
 
@@ -216,7 +217,7 @@ def test_peak_memory_of_each_operation() -> None:
     fresh = GSRQCache(codebooks, model)
     cache, other = fresh, None
     with torch.no_grad():
-        measure("prefill 8192 tokens", lambda: model(tokens, past_key_values=fresh, logits_to_keep=1) and None)
+        measure("prefill 8192 tokens", lambda: model(tokens, **{CACHE_ARGUMENT: fresh}, logits_to_keep=1) and None)
     print(json.dumps({name: round(value, 2) for name, value in report.items()}, indent=1))
     if os.environ.get("OUT"):
         (Path(os.environ["OUT"]) / "cache_memory.json").write_text(json.dumps(report, indent=1))

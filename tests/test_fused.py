@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, attach, detach, fused
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.ops.triton import triton_version, unsupported_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +79,7 @@ def decode(model: LlamaForCausalLM, cache: GSRQCache, mask: torch.Tensor, widths
                 tokens[:, first:last],
                 attention_mask=mask[:, :last],
                 position_ids=positions[:, first:last],
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
             )
             logits.append(out.logits[:, -width:].float())
             first = last
@@ -118,13 +119,13 @@ def test_kernels_decode_like_torch_on_other_architectures(name: str, tmp_path: P
     mask = torch.ones(2, 32, dtype=torch.long, device=DEVICE)
     mask[1, :9] = 0
     cache = GSRQCache(codebooks, model, residual_length=5, sink_length=2, backend="torch")
-    model(prompt, attention_mask=mask[:, :30], past_key_values=cache)
+    model(prompt, attention_mask=mask[:, :30], **{CACHE_ARGUMENT: cache})
     cache.save(tmp_path / "cache.safetensors")
     results = []
     for backend in ("torch", "triton"):
         cache = GSRQCache.load(tmp_path / "cache.safetensors", codebooks, model, backend=backend)
         steps = [
-            model(prompt[:, i : i + 1], attention_mask=mask[:, : 31 + i], past_key_values=cache).logits.float()
+            model(prompt[:, i : i + 1], attention_mask=mask[:, : 31 + i], **{CACHE_ARGUMENT: cache}).logits.float()
             for i in range(2)
         ]
         assert cache.backend == backend
@@ -144,7 +145,7 @@ def test_kernels_are_not_blind(model: LlamaForCausalLM, codebooks: GSRQCodebooks
         layer.buffers["value"].codes.add_(1)
     tokens = torch.randint(0, 64, mask.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     with torch.no_grad():
-        wrong = model(tokens[:, 21:], past_key_values=cache).logits.float()
+        wrong = model(tokens[:, 21:], **{CACHE_ARGUMENT: cache}).logits.float()
     assert (right[:, -1:] - wrong).abs().max() > 1e-2
 
 
@@ -154,12 +155,12 @@ def test_a_mask_with_other_numbers_in_it_is_another_mask(model: LlamaForCausalLM
     results = []
     for backend in ("torch", "triton"):
         cache = make_cache(model, codebooks, backend)
-        model(tokens[:, :30], past_key_values=cache)
+        model(tokens[:, :30], **{CACHE_ARGUMENT: cache})
         mask = torch.ones(1, 1, 1, 31, dtype=torch.bool, device=DEVICE)
-        model(tokens[:, 30:], attention_mask=mask, past_key_values=cache)
+        model(tokens[:, 30:], attention_mask=mask, **{CACHE_ARGUMENT: cache})
         cache.crop(-1)
         mask[..., 5:20] = False
-        results.append(model(tokens[:, 30:], attention_mask=mask, past_key_values=cache).logits.float())
+        results.append(model(tokens[:, 30:], attention_mask=mask, **{CACHE_ARGUMENT: cache}).logits.float())
         assert cache.backend == backend
     # As in the first test.
     assert (results[1] - results[0]).norm() < 5e-3 * results[0].norm()
@@ -169,11 +170,11 @@ def test_other_caches_and_prefill_take_the_original(model: LlamaForCausalLM, cod
     tokens = torch.randint(0, 64, (1, 24)).to(DEVICE)
     detach(model)
     with torch.no_grad():
-        plain = model(tokens, past_key_values=DynamicCache()).logits
+        plain = model(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits
         cache = make_cache(model, codebooks, "triton")
         assert model.config._attn_implementation == "gsrq_sdpa"
-        assert torch.equal(model(tokens, past_key_values=DynamicCache()).logits, plain)
-        assert torch.equal(model(tokens, past_key_values=cache).logits, plain)
+        assert torch.equal(model(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits, plain)
+        assert torch.equal(model(tokens, **{CACHE_ARGUMENT: cache}).logits, plain)
     assert cache.backend == "torch"
     detach(model)
     assert model.config._attn_implementation == "sdpa"
@@ -295,13 +296,13 @@ def test_positions_are_looked_at_again_after_a_crop(model: LlamaForCausalLM, cod
     results = []
     for backend in ("torch", "auto"):
         cache = GSRQCache(codebooks, model, residual_length=0, chunk_length=8, sink_length=2, backend=backend)
-        model(tokens[:, :40], past_key_values=cache)
-        model(tokens[:, 40:41], past_key_values=cache)
+        model(tokens[:, :40], **{CACHE_ARGUMENT: cache})
+        model(tokens[:, 40:41], **{CACHE_ARGUMENT: cache})
         assert cache.backend == ("torch" if backend == "torch" else "triton")
         cache.crop(-21)
-        model(tokens[:, 41:61], position_ids=torch.arange(200, 220)[None].to(DEVICE), past_key_values=cache)
+        model(tokens[:, 41:61], position_ids=torch.arange(200, 220)[None].to(DEVICE), **{CACHE_ARGUMENT: cache})
         position = torch.tensor([[220]], device=DEVICE)
-        results.append(model(tokens[:, 61:], position_ids=position, past_key_values=cache).logits.float())
+        results.append(model(tokens[:, 61:], position_ids=position, **{CACHE_ARGUMENT: cache}).logits.float())
         # Kernels take positions that follow one another.
         assert cache.layers[0].num_stored == 40 and cache.backend == "torch"
     assert (results[1] - results[0]).norm() < 5e-3 * results[0].norm()
@@ -374,8 +375,8 @@ def test_compiled_architectures_decode_as_eager_ones(name: str) -> None:
     for module in (model, torch.compile(model, backend=graphs)):
         cache = make_cache(model, codebooks, "auto")
         with torch.no_grad():
-            logits = [module(ids[:, :48], past_key_values=cache).logits[:, -1:]]
-            logits += [module(ids[:, i : i + 1], past_key_values=cache).logits for i in range(48, 56)]
+            logits = [module(ids[:, :48], **{CACHE_ARGUMENT: cache}).logits[:, -1:]]
+            logits += [module(ids[:, i : i + 1], **{CACHE_ARGUMENT: cache}).logits for i in range(48, 56)]
         results.append(torch.cat(logits, 1).float())
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
     layers = model.get_decoder().config.num_hidden_layers
@@ -388,8 +389,8 @@ def test_a_compiled_model_takes_other_caches_without_a_break(
     make_cache(model, codebooks, "triton")
     graphs, tokens = Graphs(), torch.randint(0, 64, (1, 24)).to(DEVICE)
     with torch.no_grad():
-        expected = model(tokens, past_key_values=DynamicCache()).logits
-        found = torch.compile(model, backend=graphs, fullgraph=True)(tokens, past_key_values=DynamicCache()).logits
+        expected = model(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits
+        found = torch.compile(model, backend=graphs, fullgraph=True)(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits
     assert torch.equal(found, expected)
     assert graphs.operators == [0]
 
@@ -400,11 +401,11 @@ def test_a_failure_in_a_compiled_model_leaves_the_cache_as_it_was(
     compiled, cache = torch.compile(model, backend=Graphs()), make_cache(model, codebooks, "triton")
     tokens = torch.randint(0, 64, (2, 24)).to(DEVICE)
     with torch.no_grad():
-        compiled(tokens[:, :23], past_key_values=cache)
+        compiled(tokens[:, :23], **{CACHE_ARGUMENT: cache})
         with pytest.raises(ValueError, match="holds 2 rows, but the model was given 1"):
-            compiled(tokens[:1, 23:], past_key_values=cache)
+            compiled(tokens[:1, 23:], **{CACHE_ARGUMENT: cache})
         assert cache.get_seq_length() == 23
-        compiled(tokens[:, 23:], past_key_values=cache)
+        compiled(tokens[:, 23:], **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 24
 
 
@@ -415,10 +416,10 @@ def test_a_compiled_model_does_not_read_the_note_of_another_pass(
     tokens = torch.randint(0, 64, (2, 24)).to(DEVICE)
     interrupted, cache = (make_cache(model, codebooks, "triton") for _ in range(2))
     with torch.no_grad():
-        expected = model(tokens, past_key_values=make_cache(model, codebooks, "triton")).logits
-        model(tokens[:1], past_key_values=interrupted)
+        expected = model(tokens, **{CACHE_ARGUMENT: make_cache(model, codebooks, "triton")}).logits
+        model(tokens[:1], **{CACHE_ARGUMENT: interrupted})
         fused.expect(model.model.layers[0].self_attn, interrupted.compressed_layers[0])
-        found = torch.compile(model, backend=Graphs())(tokens, past_key_values=cache).logits
+        found = torch.compile(model, backend=Graphs())(tokens, **{CACHE_ARGUMENT: cache}).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -429,5 +430,7 @@ def test_a_compiled_model_without_our_attention_is_an_error(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: sdpa)
     with torch.no_grad(), pytest.raises(RuntimeError, match="Run this model without torch.compile"):
-        torch.compile(model, backend=Graphs())(torch.zeros(1, 24, dtype=torch.long).to(DEVICE), past_key_values=cache)
+        torch.compile(model, backend=Graphs())(
+            torch.zeros(1, 24, dtype=torch.long).to(DEVICE), **{CACHE_ARGUMENT: cache}
+        )
     assert cache.get_seq_length() == 0

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextIt
 from cache_oracle import OracleCache
 from operations import OPERATIONS, Bench
 from transformers_gsrq import GSRQCache, GSRQCodebooks, registration
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 SmolLM2 = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 MODES = (
@@ -64,7 +65,7 @@ def test_mode(mode: str, bench: Bench) -> None:
 
 def test_the_comparison_can_fail(bench: Bench) -> None:
     """The plain cache gives other logits than the oracle: the modes above do test the codes."""
-    plain = bench.generate(past_key_values=None)[-1]
+    plain = bench.generate(**{CACHE_ARGUMENT: None})[-1]
     oracle = OPERATIONS["greedy"].run(use(bench, OracleCache))[-1]
     assert (plain - oracle).abs().max() > 10 * TOLERANCE
 
@@ -75,7 +76,7 @@ def test_drafts_change_nothing_while_the_window_covers_the_text(mode: str, bench
     drafted, *scores = OPERATIONS[mode].run(use(bench, GSRQCache, residual_length=500))
     rows = slice(1, 2)
     prompt = bench.prompt[rows, :10].repeat(1, 3) if mode == "prompt-lookup" else bench.prompt[rows]
-    plain = bench.generate(prompt=prompt, attention_mask=torch.ones_like(prompt), past_key_values=None)
+    plain = bench.generate(prompt=prompt, attention_mask=torch.ones_like(prompt), **{CACHE_ARGUMENT: None})
     assert drafted.tolist() == plain[0].tolist()
     # Every token is the best one of the state that it was verified on.
     assert [score.argmax().item() for score in scores] == drafted[0, prompt.shape[1] :].tolist()
@@ -141,7 +142,7 @@ def test_text_streamer(bench: Bench, smollm2: SmolLM2) -> None:
     prompt = tokenizer(PROMPTS[1], return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
     cache = GSRQCache(bench.codebooks, model, **WINDOW)
-    out = model.generate(**prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, streamer=streamer)
+    out = model.generate(**prompt, **{CACHE_ARGUMENT: cache}, max_new_tokens=8, do_sample=False, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
 
 
@@ -158,7 +159,7 @@ def test_chat_over_several_turns(bench: Bench, smollm2: SmolLM2) -> None:
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             cache = cache or make_cache(inputs["attention_mask"])
-            out = model.generate(**inputs, past_key_values=cache, max_new_tokens=6, do_sample=False)
+            out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=6, do_sample=False)
             reply = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": reply})
         assert cache.get_seq_length() > 50

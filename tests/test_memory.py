@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, ResidualQuantizer
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.rope import Rotary
 
 LENGTH = 2000
@@ -28,7 +29,7 @@ def cache(
     ids = tokenizer(texts[1][1], return_tensors="pt")["input_ids"][:, :LENGTH]
     cache = GSRQCache(tiny_codebooks, model, residual_length=128, sink_length=4)
     with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     return cache
 
 
@@ -92,7 +93,7 @@ def test_parts_of_larger_tensors(name: str) -> None:
     cache = GSRQCache(random_codebooks(model), model, residual_length=200)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(torch.randint(3, 90, (2, 150)), past_key_values=cache)
+        model(torch.randint(3, 90, (2, 150)), **{CACHE_ARGUMENT: cache})
     token = 2 * 2 * model.config.hidden_size // model.config.num_attention_heads * 4
     token *= getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     layers = len(cache.compressed_layers)
@@ -104,7 +105,7 @@ def test_parts_of_larger_tensors(name: str) -> None:
     assert cache.memory().window == 150 * layers * token
     assert reachable_bytes(cache) == cache.memory().cache
     with torch.no_grad():
-        model(torch.randint(3, 90, (2, 1)), past_key_values=cache)
+        model(torch.randint(3, 90, (2, 1)), **{CACHE_ARGUMENT: cache})
     memory = cache.memory()
     assert memory.window == 11 * layers * token
     assert reachable_bytes(cache) == memory.cache
@@ -116,7 +117,7 @@ def test_sliding_layers_count_what_they_keep() -> None:
     model = SUPPORTED["gemma3"].build()
     cache = GSRQCache(random_codebooks(model), model, residual_length=8)
     with torch.no_grad():
-        model(torch.randint(3, 90, (1, 400)), past_key_values=cache)
+        model(torch.randint(3, 90, (1, 400)), **{CACHE_ARGUMENT: cache})
     shown = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
     assert cache.memory().native > 10 * shown
     assert reachable_bytes(cache) == cache.memory().cache

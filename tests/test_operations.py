@@ -12,6 +12,7 @@ from cache_oracle import OracleCache
 from operations import OPERATIONS, OPTIONS, Bench
 from tiny_models import REFUSED, SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, check_model
+from transformers_gsrq.compat import CACHE_ARGUMENT
 
 # Logits are of the order of 1 to 10; float32 sums in another order move them by about 1e-6 (measured: 6e-6).
 TOLERANCE = 1e-4
@@ -108,7 +109,7 @@ def test_keys_are_stored_without_their_position(name: str) -> None:
     model = SUPPORTED[name].build()
     cache = GSRQCache(random_codebooks(model), model, residual_length=0, sink_length=0)
     tokens = torch.full((1, 50), 17)
-    model(tokens, past_key_values=cache)
+    model(tokens, **{CACHE_ARGUMENT: cache})
     codes = cache.layers[0].buffers["key"].codes
     assert codes.shape[-1] == 50
     # A near tie may fall either way; an un-rotation that is wrong changes most codes.
@@ -127,6 +128,6 @@ def test_keys_may_be_stored_as_they_are(name: str) -> None:
     for layer in oracle.layers:
         layer.rotates = False
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
-    sequences = [model.generate(prompt, past_key_values=cache, **settings).tolist() for cache in (ours, oracle)]
+    sequences = [model.generate(prompt, **{CACHE_ARGUMENT: cache}, **settings).tolist() for cache in (ours, oracle)]
     assert sequences[0] == sequences[1]
     assert all(layer.num_stored > 20 for layer in ours.compressed_layers)

@@ -18,6 +18,7 @@ from operations import OPTIONS
 from test_cache_errors import PROMPT, assert_unchanged, contents, next_logits
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.persistence import fingerprint
 
 
@@ -37,7 +38,7 @@ def cache(model: PreTrainedModel, codebooks: GSRQCodebooks) -> GSRQCache:
     mask = torch.ones_like(PROMPT)
     mask[0, :9] = 0
     with torch.no_grad():
-        model(PROMPT, attention_mask=mask, past_key_values=cache)
+        model(PROMPT, attention_mask=mask, **{CACHE_ARGUMENT: cache})
     return cache
 
 
@@ -73,10 +74,11 @@ SCRIPT = """
 import sys, torch
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache
+from transformers_gsrq.compat import CACHE_ARGUMENT
 model = SUPPORTED["gemma3"].build()
 cache = GSRQCache.load(sys.argv[1], random_codebooks(model), model)
 prompt = torch.load(sys.argv[2])
-out = model.generate(prompt, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+out = model.generate(prompt, **{CACHE_ARGUMENT: cache}, max_new_tokens=12, do_sample=False, eos_token_id=None)
 print(out.tolist())
 """
 
@@ -85,10 +87,10 @@ print(out.tolist())
 def test_generation_in_a_new_process(model: PreTrainedModel, codebooks: GSRQCodebooks, tmp_path: Path) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cache = GSRQCache(codebooks, model, **OPTIONS)
-    prompt = model.generate(PROMPT, past_key_values=cache, **settings)
+    prompt = model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, **settings)
     cache.save(tmp_path / "cache.safetensors")
     torch.save(prompt, tmp_path / "prompt.pt")
-    expected = model.generate(prompt, past_key_values=cache, **settings)
+    expected = model.generate(prompt, **{CACHE_ARGUMENT: cache}, **settings)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "cache.safetensors"), str(tmp_path / "prompt.pt")],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},

@@ -14,6 +14,7 @@ from transformers.generation import configuration_utils
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, register, unregister
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.registration import make_cache
 
 pytestmark = pytest.mark.host
@@ -47,7 +48,7 @@ def test_the_name_the_object_and_the_folder_give_the_same_text(
     coarse = tiny_codebooks.with_stages(2, 2)
     coarse.save_pretrained(tmp_path / "codebooks")
     cache = GSRQCache(coarse, model, residual_length=16, sink_length=2)
-    by_object = continue_text(model, prompt, past_key_values=cache)
+    by_object = continue_text(model, prompt, **{CACHE_ARGUMENT: cache})
     assert cache.memory().codes > 0
     for source in (coarse, tmp_path / "codebooks", str(tmp_path / "codebooks")):
         config = {"codebooks": source, "residual_length": 16, "sink_length": 2}
@@ -58,13 +59,30 @@ def test_the_name_the_object_and_the_folder_give_the_same_text(
     assert by_object != continue_text(model, prompt)
 
 
+def test_the_old_name_of_the_argument_is_still_taken(
+    smollm2: SmolLM2, tiny_codebooks: GSRQCodebooks, prompt: Prompt
+) -> None:
+    """Much code passes past_key_values; from transformers 5.24 on that only warns."""
+    model = smollm2[0]
+    text, logits = [], []
+    for name in (CACHE_ARGUMENT, "past_key_values"):
+        cache = GSRQCache(tiny_codebooks, model, residual_length=16, sink_length=2)
+        text.append(continue_text(model, prompt, **{name: cache}))
+        assert cache.memory().codes > 0
+        cache = GSRQCache(tiny_codebooks, model, residual_length=16, sink_length=2)
+        with torch.no_grad():
+            logits.append(model(prompt["input_ids"], **{name: cache}, logits_to_keep=1).logits)
+        assert cache.memory().codes > 0
+    assert text[0] == text[1] and torch.equal(*logits)
+
+
 def test_a_folder_is_read_once_until_it_changes(
     smollm2: SmolLM2, tiny_codebooks: GSRQCodebooks, prompt: Prompt, tmp_path: Path
 ) -> None:
     def used() -> GSRQCodebooks:
         options = {"cache_implementation": "gsrq", "cache_config": {"codebooks": str(tmp_path)}}
         out = smollm2[0].generate(**prompt, max_new_tokens=2, return_dict_in_generate=True, **options)
-        return out.past_key_values.codebooks
+        return out[CACHE_ARGUMENT].codebooks
 
     tiny_codebooks.with_stages(2, 2).save_pretrained(tmp_path)
     first = used()
@@ -81,7 +99,7 @@ def test_only_the_latest_codebooks_of_a_model_are_kept(
         tiny_codebooks.with_stages(stages, stages).save_pretrained(config["codebooks"])
         options = {"cache_implementation": "gsrq", "cache_config": config}
         out = smollm2[0].generate(**prompt, max_new_tokens=2, return_dict_in_generate=True, **options)
-        return weakref.ref(out.past_key_values.codebooks)
+        return weakref.ref(out[CACHE_ARGUMENT].codebooks)
 
     first, second = used(1), used(2)
     gc.collect()
@@ -126,7 +144,7 @@ def test_bad_cache_configs_are_named(smollm2: SmolLM2, tiny_codebooks: GSRQCodeb
             continue_text(model, prompt, cache_implementation="gsrq", cache_config=config)
     with pytest.raises(ValueError, match="only one of the two"):
         cache = GSRQCache(tiny_codebooks, model)
-        continue_text(model, prompt, cache_implementation="gsrq", past_key_values=cache)
+        continue_text(model, prompt, cache_implementation="gsrq", **{CACHE_ARGUMENT: cache})
 
 
 def test_unregister_leaves_transformers_as_it_was(smollm2: SmolLM2, prompt: Prompt) -> None:
@@ -154,7 +172,7 @@ def test_an_unknown_generate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     try:
         with monkeypatch.context() as patch:
             patch.setattr(GenerationMixin, "_prepare_cache_for_generation", other)
-            with pytest.raises(RuntimeError, match="past_key_values=GSRQCache"):
+            with pytest.raises(RuntimeError, match=f"{CACHE_ARGUMENT}=GSRQCache"):
                 register()
     finally:
         register()

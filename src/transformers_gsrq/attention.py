@@ -18,7 +18,7 @@ from . import compiled, fused
 from .rope import attention_modules
 
 # What attention modules call their cache argument.
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 # The attention modules of a decoder by layer.
 _attached: WeakKeyDictionary[nn.Module, dict[int, nn.Module]] = WeakKeyDictionary()
@@ -119,7 +119,7 @@ def _prepare(decoder: nn.Module, cache: SteppedCache) -> None:
 def _hand_over(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    name = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), "")
+    name = next((name for name in CACHE_ARGUMENTS if isinstance(kwargs.get(name), SteppedCache)), "")
     cache = kwargs.get(name)
     position_ids, embeddings = kwargs.get("position_ids"), kwargs.get("position_embeddings")
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():

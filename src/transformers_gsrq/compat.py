@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 OLDEST_TRANSFORMERS = Version("5.17.0")
+# What models and `generate` call their cache: "cache" from transformers 5.24 on, where the old name only warns yet.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 # What the Hub's client raises when it gets no answer: httpx.HTTPError, from huggingface-hub 2.0 on httpx2.HTTPError.
 TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 

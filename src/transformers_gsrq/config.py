@@ -323,10 +323,12 @@ def compressible_layers(model_config: PreTrainedConfig) -> tuple[int, ...]:
     if model_config.is_encoder_decoder:
         raise ValueError(f"{name!r} is an encoder-decoder; only decoder-only models are supported.")
     text_config = model_config.get_text_config(decoder=True)
-    if getattr(text_config, "kv_lora_rank", None) is not None:
+    each = (text_config.per_layer_config[i] for i in range(text_config.num_hidden_layers))
+    rank = next((rank for config in each if (rank := getattr(config, "kv_lora_rank", None)) is not None), None)
+    if rank is not None:
         raise ValueError(
-            f"{name!r} uses multi-head latent attention (kv_lora_rank={text_config.kv_lora_rank}), which already "
-            "stores a compressed latent instead of keys and values; it is not supported."
+            f"{name!r} uses multi-head latent attention (kv_lora_rank={rank}), which already stores a compressed "
+            "latent instead of keys and values; it is not supported."
         )
     layers = tuple(i for i, layer in enumerate(native_layers(model_config)) if is_full_attention(layer))
     if not layers:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .cache import GSRQCache
 from .calibration import calibrate
 from .codebooks import GSRQCodebooks
+from .compat import CACHE_ARGUMENT
 from .config import GSRQConfig
 from .evaluation import PLAIN, measure_perplexity
 from .loading import load_model
@@ -157,7 +158,7 @@ def _generate(
     cache: GSRQCache | None,
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    out = model.generate(**prompt, past_key_values=cache, max_new_tokens=80, do_sample=False)
+    out = model.generate(**prompt, **{CACHE_ARGUMENT: cache}, max_new_tokens=80, do_sample=False)
     seconds = time.perf_counter() - began
     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return {"text": text, "seconds": seconds}

@@ -15,6 +15,7 @@ from transformers.generation import configuration_utils
 
 from .cache import GSRQCache
 from .codebooks import GSRQCodebooks
+from .compat import CACHE_ARGUMENT
 from .hub import TENSORS_NAME
 from .rope import attention_modules
 
@@ -41,7 +42,7 @@ def register() -> None:
     if parameters != _KNOWN_PARAMETERS or not hasattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS"):
         raise RuntimeError(
             f'cache_implementation="{NAME}" cannot be added to this version of transformers (its '
-            f"_prepare_cache_for_generation takes {parameters}). Pass past_key_values=GSRQCache(...) to generate "
+            f"_prepare_cache_for_generation takes {parameters}). Pass {CACHE_ARGUMENT}=GSRQCache(...) to generate "
             "instead, or use a version of transformers that the README lists."
         )
 
@@ -51,15 +52,15 @@ def register() -> None:
         batch_size: int, max_cache_length: int,
     ) -> Any:  # fmt: skip
         if generation_config.is_assistant and generation_config.cache_implementation == NAME:
-            made = model_kwargs.get("past_key_values") is not None
+            made = model_kwargs.get(CACHE_ARGUMENT) is not None
             generation_config = _for_assistant(self, generation_config, made)
         ours = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
-        if not ours or model_kwargs.get("past_key_values") is not None:
+        if not ours or model_kwargs.get(CACHE_ARGUMENT) is not None:
             return original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = make_cache(self, generation_config.cache_config, max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_ARGUMENT] = cache
         return None
 
     prepare.gsrq_original = original  # type: ignore[attr-defined]

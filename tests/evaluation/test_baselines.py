@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers_gsrq import GSRQConfig
 from transformers_gsrq.calibration import cluster
 from transformers_gsrq.calibration.capture import Samples
-from transformers_gsrq.compat import quantized_backends, quantized_cache
+from transformers_gsrq.compat import CACHE_ARGUMENT, quantized_backends, quantized_cache
 from transformers_gsrq.evaluation.baselines import (
     QuantizedCacheMethod,
     ScalarMethod,
@@ -129,7 +129,7 @@ def test_transformers_own_quantized_cache(
     model, tokenizer = smollm2
     ids = tokenizer(texts[1][0], return_tensors="pt")["input_ids"][:, :256]
     with torch.no_grad():
-        plain = model(ids, past_key_values=DynamicCache()).past_key_values.layers[5]
+        plain = model(ids, **{CACHE_ARGUMENT: DynamicCache()})[CACHE_ARGUMENT].layers[5]
     errors = {}
     for bits in (2, 4):
         method = QuantizedCacheMethod(model.config, backend, bits)

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.evaluation.agreement import measure_agreement
 from transformers_gsrq.simulation import CodebookMethod, SimulatedCache, coded_copy, codings
 from transformers_gsrq.text import token_windows
@@ -29,9 +30,9 @@ def test_simulated_cache_equals_quantized_prefill(
         tiny_codebooks, model, residual_length=0, sink_length=0, quantize_prefill=True, beam_width=beam_width
     )
     with torch.no_grad():
-        expected = model(ids, past_key_values=real).logits
+        expected = model(ids, **{CACHE_ARGUMENT: real}).logits
         coding = codings(model, CodebookMethod(tiny_codebooks, beam_width=beam_width))
-        simulated = model(ids, past_key_values=SimulatedCache(model, coding)).logits
+        simulated = model(ids, **{CACHE_ARGUMENT: SimulatedCache(model, coding)}).logits
         plain = model(ids).logits
     torch.testing.assert_close(simulated, expected, atol=1e-3, rtol=1e-3)
     assert (plain - expected).abs().max() > 1
@@ -44,13 +45,13 @@ def test_coded_copy_continues_like_the_real_cache(
     prompt, rest = ids[:, :80], ids[:, 80:]
     with torch.no_grad():
         real = GSRQCache(tiny_codebooks, model, residual_length=24, sink_length=4)
-        model(prompt, past_key_values=real)
-        expected = model(rest, past_key_values=real).logits
+        model(prompt, **{CACHE_ARGUMENT: real})
+        expected = model(rest, **{CACHE_ARGUMENT: real}).logits
         plain = DynamicCache()
-        model(prompt, past_key_values=plain)
+        model(prompt, **{CACHE_ARGUMENT: plain})
         copy = coded_copy(plain, codings(model, CodebookMethod(tiny_codebooks)), residual_length=24, sink_length=4)
-        uncoded = model(rest, past_key_values=plain).logits
-        found = model(rest, past_key_values=copy).logits
+        uncoded = model(rest, **{CACHE_ARGUMENT: plain}).logits
+        found = model(rest, **{CACHE_ARGUMENT: copy}).logits
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert (uncoded - expected).abs().max() > 0.5
 

@@ -21,6 +21,7 @@ from hermetic import HUB
 from transformers_gsrq import GSRQCache, GSRQCodebooks
 from transformers_gsrq.cli.common import partial_folder
 from transformers_gsrq.cli.evaluate import lower_rate
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.loading import load_model, read_dataset
 
 
@@ -95,7 +96,7 @@ def test_push_and_generate_from_the_hub(codebooks: tuple[Path, dict[str, Any]], 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(short_model), AutoTokenizer.from_pretrained(short_model)
     cache = GSRQCache(GSRQCodebooks.from_pretrained(codebooks[0]), model, residual_length=4)
     inputs = tokenizer("The sea", return_tensors="pt")
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=12, do_sample=False)
     assert seen["text"] == tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert seen["cache_bytes"] == cache.memory().cache
     streamed = run("generate", short_model, codebooks[0], *options)

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cli_runner import assert_one_line, run, run_json
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
-from transformers_gsrq.compat import library_versions
+from transformers_gsrq.compat import CACHE_ARGUMENT, library_versions
 from transformers_gsrq.config import KINDS
 from transformers_gsrq.evaluation import measure_perplexity, plots
 from transformers_gsrq.evaluation.agreement import measure_agreement
@@ -146,7 +146,7 @@ def test_agreement_and_attribution_are_the_librarys(
     mask = torch.ones(1, 150, dtype=torch.long)
     options = {"attention_mask": mask, "max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     plain, coded = (
-        loaded[0].generate(windows[:1], past_key_values=cache, **options)[0, 150:].tolist()
+        loaded[0].generate(windows[:1], **{CACHE_ARGUMENT: cache}, **options)[0, 150:].tolist()
         for cache in (None, GSRQCache(made, loaded[0]))
     )
     assert len(counts) == 2
@@ -167,7 +167,7 @@ def test_reconstruction_is_what_a_cache_gives_back(
     for window in windows:
         exact, cache = DynamicCache(), GSRQCache(made, loaded[0], residual_length=0, sink_length=0)
         for filled in (exact, cache):
-            loaded[0](window[None], past_key_values=filled)
+            loaded[0](window[None], **{CACHE_ARGUMENT: filled})
         given, stored = exact.layers[2].values, cache.layers[2].states()[1]
         error += (given - stored).square().sum().item()
         energy += given.square().sum().item()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..attention import Step, SteppedCache, attach
-from ..compat import native_layers
+from ..compat import CACHE_ARGUMENT, native_layers
 from ..config import KINDS, GSRQConfig, Kind
 from ..ops.reference import unrotate
 from ..persistence import fingerprint
@@ -159,7 +159,7 @@ def _read_window(
     cache = RecordingCache(model, config, gradients)
     input_ids = window[None].to(model.device)
     with torch.set_grad_enabled(gradients):
-        logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=input_ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
         keys = [(index, kind) for index in config.layers for kind in KINDS]
         recorded = [cache.layers[index].recorded[kind] for index, kind in keys]
         slopes: tuple[torch.Tensor | None, ...] = (None,) * len(recorded)

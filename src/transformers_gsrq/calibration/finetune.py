@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codebooks import GSRQCodebooks
+from ..compat import CACHE_ARGUMENT
 from ..config import KINDS, Kind
 from ..files import write_tensors
 from ..ops import encode_vectors
@@ -293,7 +294,7 @@ class _Trainer:
         with torch.no_grad():
             plain = self.model(input_ids=ids, use_cache=False).logits[0]
         cache = SimulatedCache(self.model, self.coding, StatelessLayer)
-        coded = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+        coded = self.model(input_ids=ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits[0]
         weights = window.weights.to(coded.device)
         parts = [
             recompute(_weighted_kl, coded[part], plain[part], weights[part], use_reentrant=False)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
+from ..compat import CACHE_ARGUMENT
 from ..loading import load_model, read_texts
 from .common import (
     BeamOption,
@@ -64,7 +65,7 @@ def run(
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     out = loaded.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,

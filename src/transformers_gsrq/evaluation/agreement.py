@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
+from ..compat import CACHE_ARGUMENT
 from ..config import KINDS
 from ..simulation import CodebookMethod, Method, SimulatedCache, codings
 from .perplexity import PLAIN, Perplexity, mean_error, summarize
@@ -82,7 +83,7 @@ def measure_agreement(
         found[PLAIN].append(_compare(plain, plain, ids))
         for name in methods:
             cache = SimulatedCache(model, coding[name])
-            coded = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            coded = model(input_ids=ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
             found[name].append(_compare(coded, plain, ids))
             del cache, coded
     tables = {name: torch.cat(parts).double() for name, parts in found.items()}
@@ -183,7 +184,8 @@ def measure_divergence_lengths(
         }  # fmt: skip
         plain = model.generate(ids, **settings)[0, ids.shape[1] :]
         for name, made in codebooks.items():
-            coded = model.generate(ids, past_key_values=GSRQCache(made, model, **cache_options), **settings)
+            cache = GSRQCache(made, model, **cache_options)
+            coded = model.generate(ids, **{CACHE_ARGUMENT: cache}, **settings)
             lengths[name].append(equal_tokens(coded[0, ids.shape[1] :], plain))
     return lengths
 

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
+from ..compat import CACHE_ARGUMENT
 
 
 @register_model("gsrq")
@@ -60,8 +61,8 @@ class GSRQLM(HFLM):
         cache = GSRQCache(self.codebooks, self.model, quantize_prefill=True, **self.cache_options)
         with torch.no_grad():
             # Rows are padded on the right, which causal attention never looks at.
-            return self.model(inps, past_key_values=cache, use_cache=True).logits
+            return self.model(inps, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         cache = GSRQCache(self.codebooks, self.model, max_length=max_length, **self.cache_options)
-        return super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
+        return super()._model_generate(context, max_length, stop, **{CACHE_ARGUMENT: cache}, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat import CACHE_ARGUMENT
 from ..simulation import Method, coded_copy, codings
 from ..text import windows_digest
 from .perplexity import PLAIN
@@ -222,8 +223,9 @@ def read_prompts(
     for start in tqdm(range(0, len(prompts), batch_size), desc="Retrieval", unit="batch", disable=not progress):
         part = tuple(prompts[start : start + batch_size])
         ids = torch.stack([prompt.input_ids for prompt in part]).to(model.device)
-        out = model(input_ids=ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
-        yield ReadPrompts(part, out.past_key_values, out.logits[:, -1])
+        cache = DynamicCache()
+        out = model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+        yield ReadPrompts(part, cache, out.logits[:, -1])
 
 
 @torch.no_grad()
@@ -289,7 +291,7 @@ def answered(
         asked[row, : prompt.answer_ids.numel()] = True
     answers, asked = answers.to(logits.device), asked.to(logits.device)
     before = cache.get_seq_length()
-    out = model(input_ids=answers, past_key_values=cache, use_cache=True).logits
+    out = model(input_ids=answers, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :before], layer.values[:, :, :before]
     guesses = torch.cat([logits.argmax(-1)[:, None].to(out.device), out[:, :-1].argmax(-1)], -1)

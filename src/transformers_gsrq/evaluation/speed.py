@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
-from ..compat import quantized_backends, quantized_cache
+from ..compat import CACHE_ARGUMENT, quantized_backends, quantized_cache
 
 QUANTIZED_BITS = (4, 2)
 
@@ -115,13 +115,13 @@ def _measure(
 
     take_peak()
     began = now(model)
-    model(input_ids=token_ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=token_ids[:, :context], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     prefill = now(model) - began
     prefill_peak = take_peak()
     times = []
     for index in range(context, context + new_tokens + 1):
         began = now(model)
-        model(input_ids=token_ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=token_ids[:, index : index + 1], **{CACHE_ARGUMENT: cache}, use_cache=True)
         times.append((now(model) - began) * 1000)
     lower, median, upper = statistics.quantiles(times[1:], n=4)
     allocated = torch.cuda.memory_allocated(model.device) - before if on_gpu else None
