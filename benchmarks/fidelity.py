@@ -6,7 +6,7 @@
         --output results.json
 
 MODEL is a folder, a Hub id or a GGUF file. Text files hold one JSON object a line, with a "text". Results are written
-after every stage, and stages that would begin after --seconds are left out, so that an interrupted run keeps what it
+as they come, and stages that would begin after --seconds are left out, so that an interrupted run keeps what it
 has. With several GPUs, run one part of the study on each (--parts), then join them:
 
     python benchmarks/fidelity.py --join recipe.json improved.json baselines.json --output results.json
@@ -139,12 +139,11 @@ class Study:
                 self.results.setdefault("plain", {})[domain] = asdict(found["plain"].perplexity)
                 for name in methods:
                     self.results["rows"][name]["agreement"][domain] = found[name].to_dict()
-        if prompts == 0 or not self.prompts:
-            return
-        found = measure_retrieval(self.model, self.prompts[:prompts], named)
+        found = measure_retrieval(self.model, self.prompts[:prompts], named) if self.prompts and prompts != 0 else {}
         for name, scores in found.items():
             row = self.results["rows"].setdefault(name, {"rate": 16, "bits": 16, "agreement": {}, "retrieval": {}})
             add_scores(row, {score.task: {**asdict(score), "prompts": len(score.hits)} for score in scores})
+        self.save()
 
     # Stages of the study
 
@@ -345,6 +344,7 @@ def join(paths: Iterable[str]) -> dict[str, Any]:
             raise SystemExit(f"{path} measured other texts than the parts before it.")
         # A record that was joined before brings the parts that it was made of.
         own = {key: part.pop(key) for key in ("commit", "settings", "seconds", "splits") if key in part}
+        own["device"] = part["device"]
         joined["parts"] += part.pop("parts", [own])
         rows = joined.setdefault("rows", {})
         for name, row in part.pop("rows").items():
