@@ -8,7 +8,6 @@ import re
 
 import pytest
 from transformers import (
-    CONFIG_MAPPING,
     CpmAntConfig,
     DeepseekV3Config,
     FalconConfig,
@@ -115,8 +114,7 @@ def test_layers_of_different_heads_are_refused() -> None:
     [
         (T5Config(), "encoder-decoder"),
         (DeepseekV3Config(), "multi-head latent attention"),
-        # Each layer may have a rank of its own, and the config has none.
-        (CONFIG_MAPPING["dots3_note_text"](), "multi-head latent attention"),
+        (DeepseekV3Config(per_layer_config={1: {"kv_lora_rank": 256}}), "multi-head latent attention"),
         (MistralConfig(sliding_window=128), "no layer with plain full attention"),
         (MambaConfig(), "no layer with plain full attention"),
         (MiniMaxConfig(), "no cache but its own"),
