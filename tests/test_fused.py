@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, attach, detach, fused
 from transformers_gsrq.compat import CACHE_ARGUMENT
-from transformers_gsrq.ops.triton import triton_version, unsupported_reason
+from transformers_gsrq.ops.triton import gluon_reason, triton_version, unsupported_reason
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = triton_version() is not None and unsupported_reason(torch.device(DEVICE), torch.float16) is None
@@ -196,6 +196,19 @@ def test_triton_says_why_it_cannot_run(
     assert cache.backend == "torch"
     assert len(caplog.records) == 1
     assert "Decoding in torch: the model's attention implementation is 'eager'" in caplog.text
+
+
+def test_which_kernels_run_is_told_once(
+    model: PreTrainedModel, codebooks: GSRQCodebooks, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "transformers_gsrq.fused"):
+        for _ in range(2):
+            decode(model, make_cache(model, codebooks, "triton"), torch.ones(1, 21, dtype=torch.long), (1,))
+    assert len(caplog.records) == 1
+    reason = gluon_reason(1)
+    expected = "by Triton kernels." if reason is None else f"by portable kernels, slower on long contexts: {reason}."
+    assert caplog.text.rstrip().endswith(expected)
 
 
 def test_an_unread_note_is_an_error(

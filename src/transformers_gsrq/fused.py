@@ -194,9 +194,13 @@ def choose(layer: GSRQLayer, step: Step, states: torch.Tensor) -> bool:
 
 @cache
 def _log_once(reason: str | None) -> None:
-    logger.info(
-        "Decoding attends to the codes by Triton kernels." if reason is None else f"Decoding in torch: {reason}."
-    )
+    slower = kernels.gluon_reason(1)
+    if reason is not None:
+        logger.info(f"Decoding in torch: {reason}.")
+    elif slower is not None:
+        logger.info(f"Decoding attends to the codes by portable kernels, slower on long contexts: {slower}.")
+    else:
+        logger.info("Decoding attends to the codes by Triton kernels.")
 
 
 def key_tables(centroids: torch.Tensor, num_heads: int, head_dim: int, rotary: Rotary | None) -> KeyTables:
