@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, fused
 from transformers_gsrq.attention import Step
 from transformers_gsrq.compat import CACHE_ARGUMENT
+from transformers_gsrq.ops import triton as kernels
 
 # A code that two roundings of a state put on different sides of a tie moves that state by up to a centroid's distance;
 # such states are counted, all others must agree to the rounding of the dtype.
@@ -60,6 +62,27 @@ def test_rejected_drafts_leave_no_trace(seed: int) -> None:
         length += kept
         assert_unchanged(drafting, contents(plain))
     assert plain.layers[0].num_stored > 150
+
+
+def test_without_triton_a_model_decodes_in_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a plain install on a CPU; here Triton is only made out to be missing."""
+    remembered = (kernels.unsupported_reason, kernels.gluon_reason, fused._log_once)
+    for function in remembered:
+        function.cache_clear()
+    monkeypatch.setattr(kernels, "triton_version", lambda: None)
+    try:
+        model = SUPPORTED["llama"].build()
+        cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
+        with torch.no_grad(), caplog.at_level(logging.INFO, "transformers_gsrq.fused"):
+            for tokens in (PROMPT, PROMPT[:, :1]):
+                model(tokens, **{CACHE_ARGUMENT: cache})
+        assert cache.memory().codes > 0 and cache.backend == "torch"
+        assert "Decoding in torch: Triton is not installed" in caplog.text
+    finally:
+        for function in remembered:
+            function.cache_clear()
 
 
 def test_a_copy_shares_what_never_changes() -> None:

@@ -199,7 +199,7 @@ def test_triton_says_why_it_cannot_run(
 
 
 def test_which_kernels_run_is_told_once(
-    model: PreTrainedModel, codebooks: GSRQCodebooks, caplog: pytest.LogCaptureFixture
+    model: LlamaForCausalLM, codebooks: GSRQCodebooks, caplog: pytest.LogCaptureFixture
 ) -> None:
     fused._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "transformers_gsrq.fused"):

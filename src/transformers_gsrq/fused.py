@@ -194,10 +194,9 @@ def choose(layer: GSRQLayer, step: Step, states: torch.Tensor) -> bool:
 
 @cache
 def _log_once(reason: str | None) -> None:
-    slower = kernels.gluon_reason(1)
     if reason is not None:
         logger.info(f"Decoding in torch: {reason}.")
-    elif slower is not None:
+    elif (slower := kernels.gluon_reason(1)) is not None:
         logger.info(f"Decoding attends to the codes by portable kernels, slower on long contexts: {slower}.")
     else:
         logger.info("Decoding attends to the codes by Triton kernels.")
