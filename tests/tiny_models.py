@@ -194,7 +194,7 @@ REFUSED = {
         "GPTJConfig",
         {"num_key_value_heads": REMOVED, "intermediate_size": REMOVED, "rotary_dim": 8},
         supported=False,
-        refusal="rota",
+        refusal="rotary",
     ),
     "deepseek-v3": Architecture(
         "DeepSeek-V3",

@@ -187,7 +187,8 @@ def rotates_keys(model: PreTrainedModel, attention: nn.Module) -> bool:
         except _MISFITS as error:
             raise ValueError(
                 f"Whether layer {layer} of {config.model_type!r} rotates its keys cannot be found out, because "
-                f"{type(attention).__name__} does not run by itself ({type(error).__name__}); it is not supported. "
+                f"{type(attention).__name__} does not run by itself ({type(error).__name__}); a rotary embedding "
+                "that is not known is not supported. "
                 'GSRQConfig.for_model(..., key_space="after_rope") quantizes keys as they are, at some loss.'
             ) from error
     return _probed[attention]
