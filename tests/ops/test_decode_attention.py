@@ -193,4 +193,4 @@ def test_other_dtypes_are_refused() -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_gluon_is_taken_where_it_is_there() -> None:
-    assert (gluon_reason(4) is None) == (triton_version() >= (3, 9))
+    assert (gluon_reason(4) is None) == (triton_version() >= (3, 8))

@@ -13,7 +13,7 @@ import torch
 
 OLDEST_TRITON = (3, 6)
 # Gathers from shared memory, and atomics on it, came to Gluon with this version.
-OLDEST_GLUON_TRITON = (3, 9)
+OLDEST_GLUON_TRITON = (3, 8)
 OLDEST_CAPABILITY = (8, 0)
 HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256)
 MAX_QUERIES = 16
