@@ -129,6 +129,21 @@ def test_tables_of_perplexities_are_what_was_recorded() -> None:
         assert row in next(line for line in page.splitlines() if line.startswith(f"| {bits} bit"))
 
 
+def test_gains_of_clustering_and_weights_are_what_was_recorded() -> None:
+    record = json.loads((ROOT / "docs" / "records" / "rates-smollm2-h100.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def gain(name: str, base: str, bits: str) -> str:
+        losses, plain = (torch.tensor(record["results"][f"{n}, {bits} bits"]["losses"]).double() for n in (name, base))
+        found = summarize(losses, plain)
+        return f"{-found.increase * 100:.1f} ± {found.increase_error * 100:.1f} %"
+
+    weights = [gain(f"{method}, weights log", f"{method}, weights none", "0.5") for method in ("kmeans", "gskm")]
+    assert f"take {weights[0]} off the perplexity of k-means at 0.5 bits and {weights[1]} off GSKM's" in readme
+    ahead = [gain("gskm, weights none", "kmeans, weights none", bits) for bits in ("1", "0.5")]
+    assert f"GSKM is {ahead[0]} of the perplexity ahead of k-means at 1 bit and {ahead[1]} at 0.5" in readme
+
+
 def test_table_of_the_ablation_is_what_was_recorded() -> None:
     record = json.loads((ROOT / "docs" / "records" / "ablation-smollm2-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Scores of queries against coded keys with the codebook in shared memory (Gluon, Triton 3.9 or newer).
+"""Scores of queries against coded keys with the codebook in shared memory (Gluon, Triton 3.8 or newer).
 
 The plan of `key_scores`, with every step laid out by hand: each warp works on its own tokens without a barrier, rows
 are gathered from shared memory without bank conflicts, straight into the registers in which the tensor cores take

@@ -1,4 +1,4 @@
-"""Histograms of softmax weights over value codes, by integer atomics in shared memory (Gluon, Triton 3.9 or newer).
+"""Histograms of softmax weights over value codes, by integer atomics in shared memory (Gluon, Triton 3.8 or newer).
 
 The sum over tokens of p_t * C[code_t] is a product of the centroids with the weight that each code collects, so values
 are never decoded and the cost does not depend on the width of a subspace.
