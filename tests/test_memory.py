@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache, GSRQCodebooks, ResidualQuantizer
+from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, ResidualQuantizer
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.rope import Rotary
 
@@ -56,6 +57,21 @@ def test_every_other_byte_is_counted(cache: GSRQCache) -> None:
     )
     assert memory.total == memory.cache + memory.codebooks
     assert memory.cache == memory.codes + memory.sinks + memory.window + memory.positions
+
+
+def test_the_readme_says_the_same(cache: GSRQCache, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    memory = cache.memory()
+    # There the model is in bfloat16, whose exact tokens take half of what they take here.
+    plain = memory.plain / 2
+    whole = memory.codes + (memory.sinks + memory.window) / 2 + memory.positions
+    assert f"codes {memory.codes:,} bytes, which is {memory.codes // (LENGTH - 132):,} for each of the" in readme
+    assert f"the whole cache {whole / 1e6:.1f} MB where a plain one takes {plain / 1e6:.1f} MB ({whole / plain:.1%}" in (
+        readme.replace(" %", "%")
+    )
+    # Of 256 centroids a stage, where these have 64.
+    codebooks = GSRQConfig.for_model(smollm2[0].config, bits=1.0).codebook_bytes
+    assert f"the codebooks {codebooks / 1e6:.1f} MB on top" in readme
 
 
 def test_nothing_uncounted_is_held(cache: GSRQCache) -> None:
