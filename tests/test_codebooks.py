@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,4 +147,23 @@ def test_an_interrupted_save_leaves_the_old_files_alone(tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             make_codebooks().save_pretrained(tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["codebooks"]
+    assert sorted(path.name for path in (tmp_path / "codebooks").iterdir()) == ["codebooks.safetensors", "config.json"]
     assert GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest == old.digest
+
+
+def test_a_folder_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk)
+    replace = os.replace
+
+    def within_a_disk(source: Path, target: Path) -> None:
+        if len({Path(path).resolve().is_relative_to(disk) for path in (source, target)}) == 2:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", within_a_disk)
+    codebooks = make_codebooks()
+    codebooks.save_pretrained(link)
+    assert sorted(path.name for path in disk.iterdir()) == ["codebooks.safetensors", "config.json"]
+    assert GSRQCodebooks.from_pretrained(link).digest == codebooks.digest

@@ -179,17 +179,20 @@ class GSRQCodebooks:
             OSError: if it cannot be written, for example because the disk is full.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside the target and moved at the end: an interrupted save leaves nothing half-written.
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written first and moved at the end: an interrupted save leaves nothing half-written. Inside of the target,
+        # since that may be a link or a mount, and nothing moves from one file system to another.
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         try:
             self._write(staging)
-            folder.mkdir(exist_ok=True)
             # The config goes last: a folder is complete exactly when it has one that matches the tensors.
             for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            if new and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _write(self, folder: Path) -> None:
         write_tensors(folder / TENSORS_NAME, self._tensors)
