@@ -134,6 +134,14 @@ def test_nan_codebooks_are_never_made() -> None:
         GSRQCodebooks(CONFIG, gains, {job: codebooks.shapes(*job) for job in jobs})
 
 
+def test_a_missing_tensor_is_named() -> None:
+    codebooks = make_codebooks()
+    jobs = [(layer, kind) for layer in CONFIG.layers for kind in ("key", "value")]
+    gains, shapes = {job: codebooks.gains(*job) for job in jobs}, {job: codebooks.shapes(*job) for job in jobs[:-1]}
+    with pytest.raises(ValueError, match=r"layers\.1\.value\.shapes is missing: give shapes of every layer"):
+        GSRQCodebooks(CONFIG, gains, shapes)
+
+
 def test_an_interrupted_save_leaves_the_old_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = make_codebooks()
     old.save_pretrained(tmp_path / "codebooks")

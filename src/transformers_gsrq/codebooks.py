@@ -57,8 +57,11 @@ class GSRQCodebooks:
         self.provenance = dict(provenance or {})
         self._tensors: dict[str, torch.Tensor] = {}
         for layer, kind, part, expected in _expected_tensors(config):
-            tensor = (gains if part == "gains" else shapes)[layer, kind].detach().to("cpu", STORED_DTYPE).contiguous()
             name = tensor_name(layer, kind, part)
+            given = (gains if part == "gains" else shapes).get((layer, kind))
+            if given is None:
+                raise ValueError(f"{name} is missing: give {part} of every layer in config.layers, keys and values.")
+            tensor = given.detach().to("cpu", STORED_DTYPE).contiguous()
             _check_tensor(name, tuple(tensor.shape), tensor.dtype, expected)
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinity after rounding to float16; calibrate again.")
