@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate
-from transformers_gsrq.calibration import Samples
+from transformers_gsrq.calibration import Samples, fit
 from transformers_gsrq.calibration.refine import refine, refit_stages
 from transformers_gsrq.ops.reference import encode_vectors
 
@@ -55,3 +57,14 @@ def test_calibration_can_refine_what_it_fitted(
     assert sum(entry["after"] < entry["before"] for entry in step["measured"]["report"]) > len(config.layers)
     with pytest.raises(ValueError, match="refine_rounds must be 0 or more, got -1"):
         calibrate(model, tokenizer, texts[0][:1], config, **options, refine_rounds=-1)
+
+
+def test_states_that_are_all_zero_can_be_refined_and_saved(tmp_path: Path) -> None:
+    model = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+    config = GSRQConfig.for_model(model, bits=0.5, num_centroids=16)
+    samples = Samples({(0, "key"): torch.randn(300, 2, 16), (0, "value"): torch.zeros(300, 2, 16)}, {}, "", 300)
+    fitted = fit(samples, config, weighting="none", iterations=2, progress=False)
+    made = refine(samples, fitted, rounds=1, weighting="none", progress=False)
+    assert made.provenance["training"][-1]["measured"]["report"][1]["after"] == 0
+    made.save_pretrained(tmp_path / "refined")
+    assert GSRQCodebooks.from_pretrained(tmp_path / "refined").digest == made.digest

@@ -123,4 +123,6 @@ def _error(vectors: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor
     left = vectors.clone()
     for stage in range(centroids.shape[1]):
         left -= look_up(centroids[:, stage], codes[:, stage])
-    return ((left.square().sum(-1) * weights).sum() / (vectors.square().sum(-1) * weights).sum()).item()
+    # States may be all zero, as StageQuality allows for too: an error that is no number could not be saved.
+    energy = (vectors.square().sum(-1) * weights).sum().clamp(min=1e-30)
+    return ((left.square().sum(-1) * weights).sum() / energy).item()
