@@ -116,7 +116,8 @@ def fetch(
     with _explained(place):
         try:
             config = download(CONFIG_NAME, place.revision)
-            commit = config.parts[config.parts.index("snapshots") + 1]
+            # The cache keeps a file as .../snapshots/COMMIT/SUBFOLDER/NAME.
+            commit = config.parents[len(PurePosixPath(place.subfolder).parts)].name
             download(TENSORS_NAME, commit)
         except LocalEntryNotFoundError:
             raise
@@ -274,7 +275,7 @@ def _explained(place: HubId) -> Iterator[None]:
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{place.repo_id} has no branch, tag or commit {place.revision!r}. Leave the revision away for the "
+            f"{place.repo_id} has no branch, tag or commit {place.revision or 'main'!r}. Leave the revision away for the "
             "newest, or list them with `hf repos tag list` and on the repository's page."
         ) from error
     except LocalEntryNotFoundError as error:

@@ -100,6 +100,14 @@ def test_what_was_loaded_once_loads_offline(repo_id: str, tmp_path: Path, monkey
         GSRQCodebooks.from_pretrained(repo_id, cache_dir=tmp_path / "empty")
 
 
+def test_a_cache_may_lie_anywhere(repo_id: str, tmp_path: Path) -> None:
+    """The client's own folder for commits is called snapshots; others may be too."""
+    codebooks = make_codebooks()
+    codebooks.push_to_hub(repo_id, subfolder="snapshots/1bit")
+    place = f"{repo_id}/snapshots/1bit"
+    assert GSRQCodebooks.from_pretrained(place, cache_dir=tmp_path / "snapshots" / "hub").digest == codebooks.digest
+
+
 def test_no_network(repo_id: str, tmp_path: Path) -> None:
     """A process whose Hub refuses connections still loads what is in its cache, and says why it cannot push."""
     codebooks = make_codebooks()
