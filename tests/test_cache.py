@@ -278,6 +278,44 @@ def test_flex_attention(name: str) -> None:
         assert same.float().mean() > 1 - SHARE_OF_TIES
 
 
+@torch.no_grad()
+def test_a_mask_of_ones_own() -> None:
+    """Two passages side by side, then a question that sees both: the passages' last query sees one of them."""
+    model = SUPPORTED["llama"].build()
+    cache, plain = GSRQCache(random_codebooks(model), model, **OPTIONS), DynamicCache(config=model.config)
+    prompt = padded_prompt()[0][1:]
+    half = prompt.shape[1] // 2
+    passage = torch.arange(prompt.shape[1]) // half
+    side_by_side = (passage[:, None] == passage) & torch.ones(len(passage), len(passage), dtype=torch.bool).tril()
+    question = torch.ones(3, len(passage) + 3, dtype=torch.bool).tril(len(passage))
+    for ids, mask in ((prompt, side_by_side), (prompt[:, :3], question)):
+        positions = torch.arange(ids.shape[1])[None] % half
+        for each in (cache, plain):
+            model(ids, attention_mask=mask[None, None], position_ids=positions, **{CACHE_ARGUMENT: each})
+        assert cache.table.starts.tolist() == [0]
+    sinks = slice(OPTIONS["sink_length"])
+    for layer, exact in zip(cache.layers, plain.layers, strict=True):
+        for mine, expected in zip(layer.states(), (exact.keys, exact.values), strict=True):
+            assert torch.equal(mine[:, :, sinks], expected[:, :, sinks])
+
+
+@torch.no_grad()
+def test_positions_that_a_loop_counts_on_in_place() -> None:
+    model = SUPPORTED["llama"].build()
+    prompt = padded_prompt()[0]
+    logits = []
+    for dtype in (torch.int64, torch.int32):
+        cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
+        positions = torch.arange(prompt.shape[1], dtype=dtype)[None]
+        model(prompt, position_ids=positions, **{CACHE_ARGUMENT: cache})
+        positions = positions[:, -1:].clone()
+        for index in range(8):
+            positions += 1
+            out = model(prompt[:, index : index + 1], position_ids=positions, **{CACHE_ARGUMENT: cache})
+        logits.append(out.logits)
+    assert torch.equal(*logits)
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of living tensors: those that were there before, and those that operations make."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM, PreTrainedModel
 
 import transformers_gsrq
 from operations import OPTIONS
@@ -289,10 +289,51 @@ def test_failure_after_the_cache(name: str, error: BaseException, monkeypatch: p
     assert cache.get_seq_length() == 30
     # Hooks are not told of an interrupt; the next use of the cache sets it right.
     untouched = copy.deepcopy(cache)
-    cache.batch_select_indices(torch.tensor([0, 1]))
+    cache.batch_select_indices([0, 1])
     assert_unchanged(cache, before)
     assert torch.equal(next_logits(model, cache, 40), expected)
     assert torch.equal(next_logits(model, untouched, 40), expected)
+
+
+def test_an_interrupted_pass_and_its_copy_hold_no_module(
+    model: PreTrainedModel, cache: GSRQCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between what the model says and the states."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].self_attn.q_proj, "forward", fail_at(1, KeyboardInterrupt(), len))
+        with pytest.raises(KeyboardInterrupt):
+            next_logits(model, cache)
+    assert cache.layers[1]._step is not None
+    assert copy.deepcopy(cache).layers[1]._step is None
+
+
+def test_masks_that_are_made_before_an_interrupted_pass_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vision-language model makes them, and only then calls its decoder."""
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=SUPPORTED["gemma3"].build().config.to_dict(),
+            vision_config={
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            },
+            mm_tokens_per_image=4, image_token_index=90, boi_token_index=91, eoi_token_index=92,
+        )
+    ).eval()  # fmt: skip
+    cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
+    types = torch.zeros_like(PROMPT)
+    tokens = PROMPT[:, :6]
+    with torch.no_grad():
+        model(PROMPT, token_type_ids=types, **{CACHE_ARGUMENT: cache})
+        intact = copy.deepcopy(cache)
+        mlp = model.get_decoder().layers[2].mlp
+        with monkeypatch.context() as patch:
+            patch.setattr(mlp, "forward", fail_at(1, KeyboardInterrupt(), mlp.forward))
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens, token_type_ids=types[:, :6], **{CACHE_ARGUMENT: cache})
+        found, expected = (
+            model(tokens, token_type_ids=types[:, :6], **{CACHE_ARGUMENT: each}).logits for each in (cache, intact)
+        )
+    assert torch.equal(found, expected)
 
 
 def test_failed_first_prompt(

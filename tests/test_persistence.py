@@ -83,6 +83,38 @@ print(out.tolist())
 """
 
 
+def test_sliding_layers_that_record_the_past(model: PreTrainedModel, codebooks: GSRQCodebooks, tmp_path: Path) -> None:
+    """After drafts they hold more than their window, until `reset`."""
+    cache = GSRQCache(codebooks, model, **OPTIONS)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    model.generate(PROMPT[:1], **{CACHE_ARGUMENT: cache}, **settings)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = GSRQCache.load(tmp_path / "cache.safetensors", codebooks, model)
+    with torch.no_grad():
+        for tokens in (PROMPT[:1, :6], PROMPT[1:, :3]):
+            found, expected = (model(tokens, **{CACHE_ARGUMENT: each}).logits for each in (loaded, cache))
+            assert torch.equal(found, expected)
+
+
+ROUTED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+print(model(torch.tensor([[3, 4, 5]])).logits.shape)
+"""
+
+
+def test_a_model_that_kernels_decode_in_a_new_process(
+    codebooks: GSRQCodebooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pickled model brings our attention's name along, and has only its hooks to import us."""
+    monkeypatch.setattr("transformers_gsrq.ops.triton.unsupported_reason", lambda *args: None)
+    model = SUPPORTED["gemma3"].build(attention="sdpa")
+    GSRQCache(codebooks, model)
+    assert model.config._attn_implementation == "gsrq_sdpa"
+    torch.save(model, tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-c", ROUTED, str(tmp_path / "model.pt")], check=True)
+
+
 @pytest.mark.host
 def test_generation_in_a_new_process(model: PreTrainedModel, codebooks: GSRQCodebooks, tmp_path: Path) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -168,6 +169,23 @@ class GSRQCache(SteppedCache):
             return self._undo[-1]["length"]
         return super().get_seq_length(layer_idx)
 
+    # Masks are asked for before a pass changes anything; a vision-language model even asks before its decoder, whose
+    # hook undoes an interrupted pass, is called.
+
+    @torch.compiler.disable
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Index of the next token among the cached ones, as it was before the forward pass that is running."""
+        return super().get_query_offset(layer_idx if self._undo is None else 0)
+
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a layer's `update` returns, as it was before the pass that is running."""
+        if self._undo is None or layer_idx >= len(self.layers):
+            return super().get_mask_sizes(query_length, layer_idx)
+        layer = object.__new__(type(self.layers[layer_idx]))
+        vars(layer).update(self._undo[layer_idx])
+        return layer.get_mask_sizes(query_length)
+
     def begin(self) -> None:
         """Take note that a forward pass begins (called by the hooks of `attach`).
 
@@ -269,7 +287,7 @@ class GSRQCache(SteppedCache):
         if rows is not None:
             self._select(torch.arange(rows).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Keep these rows of the batch, in this order; indices or a boolean mask.
 
         Raises:
@@ -277,7 +295,7 @@ class GSRQCache(SteppedCache):
         """
         rows = self._num_rows()
         if rows is not None:
-            self._select(self._row_indices(indices, rows))
+            self._select(self._row_indices(torch.as_tensor(indices), rows))
 
     def _num_rows(self) -> int | None:
         """Rows B of the cached batch, None while nothing is cached."""

@@ -341,15 +341,17 @@ def forget_masks(cache: SteppedCache) -> None:
         found.mask = None
 
 
+# At import: a routed model that was pickled brings our name into a process that routes nothing.
+for _name in ROUTED:
+    AttentionInterface.register(PREFIX + _name, _sdpa)
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
 def route(model: PreTrainedModel) -> None:
     """Make a model call our attention function where kernels can run on its device; else change nothing."""
     parameter = next(model.parameters(), None)
     if parameter is None or kernels.unsupported_reason(parameter.device, parameter.dtype) is not None:
         return
-    for name in ROUTED:
-        if PREFIX + name not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(PREFIX + name, _sdpa)
-            AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
     for config in _configs(model):
         if config._attn_implementation in ROUTED:
             config._attn_implementation_internal = PREFIX + config._attn_implementation

@@ -73,6 +73,10 @@ class GSRQLayer(CacheLayerMixin):
         """Expect `crop` after each forward: compress only what was there before the call (see `update`)."""
         self.record_past = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: not the step that an interrupted forward pass left, which holds the attention module."""
+        return {**self.__dict__, "_step": None}
+
     # Writing
 
     def receive(self, step: Step) -> None:

@@ -160,6 +160,8 @@ def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenTable, model:
                 layer.lazy_initialization(tensors["keys"], tensors["values"])
                 layer.keys, layer.values = tensors["keys"], tensors["values"]
                 layer.cumulative_length = described["cumulative_length"]
+            # Then a sliding layer holds more than its window. Files of earlier versions do not say.
+            layer.record_past = described.get("record_past", False)
         # Where the table grows: the first compressed layer is the one that is told.
         device = execution_device(modules[next(i for i, layer in enumerate(layers) if isinstance(layer, GSRQLayer))])
         names = set(reader.keys())
@@ -175,10 +177,14 @@ def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[
     if isinstance(layer, GSRQLayer):
         for name, tensor in layer.tensors().items():
             tensors[f"{prefix}.{name}"] = tensor
-        return {"num_stored": layer.num_stored, "long_rotary": layer.uses_long_rotary}
+        return {
+            "num_stored": layer.num_stored,
+            "long_rotary": layer.uses_long_rotary,
+            "record_past": layer.record_past,
+        }
     if type(layer) is DynamicSlidingWindowLayer:
         tensors[f"{prefix}.keys"], tensors[f"{prefix}.values"] = layer.keys, layer.values
-        return {"cumulative_length": layer.cumulative_length}
+        return {"cumulative_length": layer.cumulative_length, "record_past": layer.record_past}
     if getattr(layer, "keys", None) is None and not hasattr(layer, "conv_states"):
         return None
     raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention import Step, first_visible_tokens
+from .attention import Step, first_real_tokens
 from .rope import Rotary
 
 
@@ -51,7 +51,8 @@ class TokenTable:
                 "Call cache.reset() and start the prompt again."
             )
         if step.position_ids is not None:
-            new = step.position_ids.to(device, torch.int32).expand(batch, -1)
+            # A copy: a caller may count on in the tensor that it passed.
+            new = step.position_ids.to(device, torch.int32, copy=True).expand(batch, -1)
             if self.positions is not None:
                 new = torch.cat([self.positions, new.to(self.positions.device)], -1)
             self.positions = new
@@ -61,8 +62,7 @@ class TokenTable:
         self.forget_tables()
 
     def _find_starts(self, before: int, batch: int, num_tokens: int, step: Step, device: torch.device) -> None:
-        total = before + num_tokens
-        starts = first_visible_tokens(step.attention_mask, batch, total, device)
+        starts = first_real_tokens(step.attention_mask, batch, before, num_tokens, device)
         if self.starts is not None:
             # A row that had begun keeps its start; one that was all padding so far may begin now.
             old = self.starts.to(device)
@@ -70,7 +70,7 @@ class TokenTable:
         self.starts = starts
         first, last = starts.min().item(), starts.max().item()
         self.padded = last > 0
-        self._settled = max(first, last) < total
+        self._settled = max(first, last) < before + num_tokens
 
     def cos_sin(
         self, rotary: Rotary, first: int, last: int, dtype: torch.dtype, device: torch.device
