@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tiny_models import random_codebooks
 from transformers_gsrq import GSRQCodebooks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -16,19 +17,39 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 CONTEXT = "The speed of light in a vacuum, usually written c, is a constant of nature. Its value in km/s is about"
 
 
-def test_likelihoods_and_texts_go_through_the_codes(smollm2: Loaded, tiny_codebooks: GSRQCodebooks) -> None:
-    model, tokenizer = smollm2
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
-    asked = [
-        Instance("loglikelihood", {}, (CONTEXT, end), index)
-        for index, end in enumerate((" 300,000", " a bicycle ride"))
-    ]
-    expected = [score for score, _ in plain.loglikelihood(asked, disable_tqdm=True)]
-    options = {"tokenizer": tokenizer, "batch_size": 2, "sink_length": 0}
-    exact = GSRQLM(model, tiny_codebooks, residual_length=512, **options)
-    assert [s for s, _ in exact.loglikelihood(asked, disable_tqdm=True)] == pytest.approx(expected, rel=1e-4)
-    coded = GSRQLM(model, tiny_codebooks, residual_length=0, **options)
-    found = [score for score, _ in coded.loglikelihood(asked, disable_tqdm=True)]
-    assert all(abs(a - b) > 0.05 for a, b in zip(found, expected, strict=True))
-    texts = [Instance("generate_until", {}, (CONTEXT, {"until": ["\n"], "max_gen_toks": 8}), 0)]
-    assert exact.generate_until(texts, disable_tqdm=True) == plain.generate_until(texts, disable_tqdm=True)
+@pytest.fixture(scope="module")
+def codebooks(first_layers: Loaded) -> GSRQCodebooks:
+    return random_codebooks(first_layers[0], subspace_dim=64)
+
+
+def test_likelihoods_are_read_through_the_codes_whatever_stands_beside_them(
+    first_layers: Loaded, codebooks: GSRQCodebooks
+) -> None:
+    model, tokenizer = first_layers
+    # A window of 128 would cover the short text, or at batch size 2 the padding behind it.
+    pairs = [("The sky is", " blue"), (CONTEXT * 6, " a bicycle ride")]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    plain, alone, together = (
+        [score for score, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+        for lm in (
+            HFLM(model, tokenizer=tokenizer),
+            GSRQLM(model, codebooks, tokenizer=tokenizer, batch_size=1),
+            GSRQLM(model, codebooks, tokenizer=tokenizer, batch_size=2),
+        )
+    )
+    assert alone == pytest.approx(together, rel=1e-4)
+    assert all(abs(a - b) > 0.05 for a, b in zip(alone, plain, strict=True))
+
+
+def test_texts_are_generated_with_what_the_caller_keeps_exact(first_layers: Loaded, codebooks: GSRQCodebooks) -> None:
+    model, tokenizer = first_layers
+    asked = [Instance("generate_until", {}, (CONTEXT, {"until": ["\n"], "max_gen_toks": 8}), 0)]
+    plain, exact, coded = (
+        lm.generate_until(asked, disable_tqdm=True)
+        for lm in (
+            HFLM(model, tokenizer=tokenizer),
+            GSRQLM(model, codebooks, residual_length=512, tokenizer=tokenizer),
+            GSRQLM(model, codebooks, residual_length=0, tokenizer=tokenizer),
+        )
+    )
+    assert plain == exact != coded

@@ -27,13 +27,14 @@ class GSRQLM(HFLM):
     """lm-eval's Hugging Face model with a `GSRQCache`.
 
     Tasks that only score likelihoods read everything in one pass, which would never touch a code: there every token
-    attends to what the cache stores (`quantize_prefill`). Tasks that generate use the cache as `generate` does.
+    attends to what the cache stores (`quantize_prefill`), and nothing is kept exact, neither sinks nor window. Tasks
+    that generate use the cache as `generate` does.
 
     Args:
         pretrained: As for lm-eval's "hf" model: a Hub id, a folder or a loaded model.
         codebooks: Codebooks, or where they are.
-        residual_length: Latest tokens kept exact.
-        sink_length: First tokens kept exact.
+        residual_length: Latest tokens kept exact where text is generated.
+        sink_length: First tokens kept exact where text is generated.
         beam_width: Partial sums kept when encoding.
         **kwargs: What lm-eval's "hf" model takes.
     """
@@ -51,18 +52,26 @@ class GSRQLM(HFLM):
         if isinstance(codebooks, str):
             codebooks = GSRQCodebooks.from_pretrained(codebooks)
         self.codebooks = codebooks
-        self.cache_options: dict[str, Any] = {
-            "residual_length": residual_length, "sink_length": sink_length, "beam_width": beam_width
-        }  # fmt: skip
+        self.beam_width = beam_width
+        self.kept_exact = {"residual_length": residual_length, "sink_length": sink_length}
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        cache = GSRQCache(self.codebooks, self.model, quantize_prefill=True, **self.cache_options)
+        # Rows are padded on the right, which causal attention never looks at; but the latest tokens of a short row are
+        # padding, so that an exact window would make its score depend on the rows beside it.
+        cache = GSRQCache(
+            self.codebooks,
+            self.model,
+            residual_length=0,
+            sink_length=0,
+            beam_width=self.beam_width,
+            quantize_prefill=True,
+        )
         with torch.no_grad():
-            # Rows are padded on the right, which causal attention never looks at.
             return self.model(inps, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        cache = GSRQCache(self.codebooks, self.model, max_length=max_length, **self.cache_options)
+        options = {**self.kept_exact, "beam_width": self.beam_width}
+        cache = GSRQCache(self.codebooks, self.model, max_length=max_length, **options)
         return super()._model_generate(context, max_length, stop, **{CACHE_ARGUMENT: cache}, **kwargs)
