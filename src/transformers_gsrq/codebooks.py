@@ -235,7 +235,8 @@ class GSRQCodebooks:
             FileNotFoundError: if there is no such folder, repository or revision, or it holds no codebooks.
             PermissionError: if the Hub refuses the token.
             ConnectionError: if the Hub cannot be reached and nothing was downloaded before.
-            ValueError: if the files are damaged, of a newer format, or do not match their config or digest.
+            ValueError: if the files are damaged, of a newer format, or do not match their config or digest; if the
+                subfolder is not inside of `source`.
         """
         folder = hub.fetch(
             source,
@@ -304,6 +305,7 @@ class GSRQCodebooks:
             PermissionError: if the token may not write there.
             ConnectionError: if the Hub cannot be reached.
             RuntimeError: if somebody else pushed in the meantime.
+            ValueError: if the subfolder is not inside of the repository.
         """
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder))

@@ -42,13 +42,19 @@ class HubId:
 
     Attributes:
         repo_id: `owner/name`.
-        subfolder: Folder in the repository, "" for its root.
+        subfolder: Folder in the repository, "" for its root; "./1bit/" and the like become "1bit".
         revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+        ValueError: if the subfolder is not inside the repository.
     """
 
     repo_id: str
     subfolder: str = ""
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subfolder", _inside(self.subfolder))
 
     @classmethod
     def parse(cls, text: str, subfolder: str | None = None, revision: str | None = None) -> HubId:
@@ -56,15 +62,15 @@ class HubId:
 
         Raises:
             FileNotFoundError: if `text` does not look like a Hub id (it is then a folder that is not there).
-            ValueError: if a part is given twice and differs.
+            ValueError: if a part is given twice and differs, or the subfolder is not inside the repository.
         """
         match = _HUB_ID.fullmatch(text)
-        if match is None:
+        if match is None or ".." in text.split("/"):
             raise FileNotFoundError(
                 f"{text!r} is not a local folder, nor a Hub id of the form owner/name[/subfolder][@revision]. "
                 "Check the spelling."
             )
-        for name, apart in (("subfolder", subfolder), ("revision", revision)):
+        for name, apart in (("subfolder", _inside(subfolder or "")), ("revision", revision)):
             if apart and match[name] and match[name] != apart:
                 raise ValueError(f"{text!r} says {name} {match[name]!r}, but {name}={apart!r} was given. Say it once.")
         return cls(match["repo"], match["subfolder"] or subfolder or "", match["revision"] or revision)
@@ -72,6 +78,14 @@ class HubId:
     def __str__(self) -> str:
         place = "/".join(filter(None, (self.repo_id, self.subfolder)))
         return f"{place}@{self.revision}" if self.revision else place
+
+
+def _inside(subfolder: str) -> str:
+    """A subfolder as the Hub spells it: "1bit" for "1bit/", "/1bit" and "./1bit"."""
+    parts = [part for part in subfolder.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError(f"subfolder must lie inside of the repository, got {subfolder!r}. Name it from its root.")
+    return "/".join(parts)
 
 
 def fetch(
@@ -103,10 +117,11 @@ def fetch(
         FileNotFoundError: if there is no such folder, repository, revision or codebooks.
         PermissionError: if the Hub refuses the token.
         ConnectionError: if the Hub cannot be reached and nothing was downloaded before.
+        ValueError: if the subfolder is not inside of `source`.
     """
     folder = Path(source)
     if folder.is_dir():
-        folder = folder / (subfolder or "")
+        folder = folder / _inside(subfolder or "")
         for name in (CONFIG_NAME, TENSORS_NAME):
             if not (folder / name).is_file():
                 raise FileNotFoundError(_nothing_there(folder, name, local_configs(Path(source))))
@@ -229,6 +244,7 @@ def push(
         PermissionError: if the token may not write there.
         ConnectionError: if the Hub cannot be reached.
         RuntimeError: if somebody else pushed in the meantime.
+        ValueError: if the subfolder is not inside of the repository.
     """
     api = HfApi(token=token, library_name="transformers-gsrq")
     place = HubId(repo_id, subfolder, revision)
@@ -239,8 +255,8 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision)
         rates = hub_configs(HubId(repo_id, revision=head.sha), token=token)
-        rates[subfolder] = folder / CONFIG_NAME
-        prefix = f"{subfolder}/" if subfolder else ""
+        rates[place.subfolder] = folder / CONFIG_NAME
+        prefix = f"{place.subfolder}/" if place.subfolder else ""
         operations = [CommitOperationAdd(prefix + name, str(folder / name)) for name in (CONFIG_NAME, TENSORS_NAME)]
         if _card_is_ours(api, repo_id, head.sha, {sibling.rfilename for sibling in head.siblings or ()}):
             operations.append(CommitOperationAdd(CARD_NAME, make_card(repo_id, dict(sorted(rates.items()))).encode()))
@@ -275,8 +291,8 @@ def _explained(place: HubId) -> Iterator[None]:
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{place.repo_id} has no branch, tag or commit {place.revision or 'main'!r}. Leave the revision away for the "
-            "newest, or list them with `hf repos tag list` and on the repository's page."
+            f"{place.repo_id} has no branch, tag or commit {place.revision or 'main'!r}. Leave the revision away for "
+            "the newest, or list them with `hf repos tag list` and on the repository's page."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(

@@ -86,7 +86,7 @@ def test_the_same_command_gives_the_same_codebooks_after_an_interruption(
 
 def test_push_and_generate_from_the_hub(codebooks: tuple[Path, dict[str, Any]], short_model: Path) -> None:
     pushed = run_json(
-        "push", codebooks[0], "tester/from-the-command-line", "--subfolder", "1bit", "--message", "One bit"
+        "push", codebooks[0], "tester/from-the-command-line", "--subfolder", "1bit/", "--message", "One bit"
     )
     assert pushed["codebooks"] == "tester/from-the-command-line/1bit"
     assert HfApi().list_repo_commits("tester/from-the-command-line")[0].title == "One bit"

@@ -168,6 +168,29 @@ def test_several_rates_in_one_repository(repo_id: str, tmp_path: Path) -> None:
     assert "| 4bit | 4 (4, 4) | 32 |" in card
 
 
+@pytest.mark.parametrize("spelling", ["rates/1bit/", "/rates/1bit", "./rates//1bit"], ids=["end", "start", "dots"])
+def test_a_subfolder_has_one_name(spelling: str, repo_id: str, tmp_path: Path) -> None:
+    codebooks = make_codebooks()
+    codebooks.push_to_hub(repo_id, subfolder=spelling)
+    codebooks.save_pretrained(tmp_path / "local" / "rates" / "1bit")
+    for place in (repo_id, tmp_path / "local"):
+        assert list(GSRQCodebooks.available(place)) == ["rates/1bit"]
+        assert GSRQCodebooks.from_pretrained(place, subfolder=spelling).digest == codebooks.digest
+    assert GSRQCodebooks.from_pretrained(f"{repo_id}/rates/1bit", subfolder=spelling).digest == codebooks.digest
+
+
+def test_a_subfolder_lies_inside(repo_id: str, tmp_path: Path) -> None:
+    codebooks = make_codebooks()
+    codebooks.save_pretrained(tmp_path)
+    message = r"must lie inside of the repository, got '\.\./1bit'"
+    with pytest.raises(ValueError, match=message):
+        codebooks.push_to_hub(repo_id, subfolder="../1bit")
+    for place in (repo_id, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            GSRQCodebooks.from_pretrained(place, subfolder="../1bit")
+    assert ("models", repo_id) not in HUB.repos
+
+
 def test_card(repo_id: str) -> None:
     def card() -> str:
         return Path(HfApi().hf_hub_download(repo_id, "README.md")).read_text()
@@ -304,7 +327,7 @@ def test_hub_ids(text: str, expected: HubId) -> None:
     assert str(expected) == text
 
 
-@pytest.mark.parametrize("text", ["codebooks", "./a/b", "/a/b", "../b", "a//b", "a/b@", "~/b"])
+@pytest.mark.parametrize("text", ["codebooks", "./a/b", "/a/b", "../b", "a//b", "a/b@", "~/b", "a/b/../c"])
 def test_what_cannot_be_a_hub_id_is_a_missing_folder(text: str) -> None:
     with pytest.raises(FileNotFoundError, match="is not a local folder, nor a Hub id"):
         GSRQCodebooks.from_pretrained(text)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..codebooks import GSRQCodebooks
+from ..hub import HubId
 from .common import Report, TokenOption
 
 
@@ -39,7 +40,7 @@ def run(
         create_pr=create_pr,
     )
     # A name without an owner was one in the account of the token.
-    place = "/".join(filter(None, (info.repo_url.repo_id, subfolder))) + (f"@{revision}" if revision else "")
+    place = str(HubId(info.repo_url.repo_id, subfolder, revision))
     figures = {
         "commit": info.oid,
         "url": info.pr_url or info.commit_url,
