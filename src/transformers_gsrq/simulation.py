@@ -104,8 +104,13 @@ class Coding:
     codecs: Mapping[Kind, Codec]
     rotary: Rotary | None
 
-    def apply(self, states: Mapping[Kind, torch.Tensor], positions: torch.Tensor | None) -> dict[Kind, torch.Tensor]:
-        """Replace states `[B, H, T, D]` (keys after rotary embedding) at `positions` `[B or 1, T]`."""
+    def apply(
+        self, states: Mapping[Kind, torch.Tensor], positions: torch.Tensor | None, length: int
+    ) -> dict[Kind, torch.Tensor]:
+        """Replace states `[B, H, T, D]` (keys after rotary embedding) at `positions` `[B or 1, T]`.
+
+        `length` counts all tokens up to the end of their forward pass: by it a longrope model chose its frequencies.
+        """
         out = dict(states)
         for kind, codec in self.codecs.items():
             given = states[kind]
@@ -115,7 +120,7 @@ class Coding:
                         "The model did not pass position_ids to its attention layers, so its keys cannot be "
                         "un-rotated."
                     )
-                rotary, positions = self.rotary.for_length(given.shape[-2]), positions.to(given.device)
+                rotary, positions = self.rotary.for_length(length), positions.to(given.device)
                 plain = unrotate(given, rotary.cos_sin(positions, given.dtype))
                 made = rotate(codec(plain), rotary.cos_sin(positions, torch.float32))
             else:
@@ -155,7 +160,8 @@ class SimulatedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace the new states `[B, H, T, D]`, keep them and return all."""
         positions = None if self.step is None else self.step.position_ids
-        states = self.coding.apply({"key": key_states, "value": value_states}, positions)
+        length = self.get_seq_length() + key_states.shape[-2]
+        states = self.coding.apply({"key": key_states, "value": value_states}, positions, length)
         return super().update(states["key"], states["value"])
 
 
@@ -167,7 +173,7 @@ class StatelessLayer(SimulatedLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace states `[B, H, T, D]` and return them."""
         positions = None if self.step is None else self.step.position_ids
-        states = self.coding.apply({"key": key_states, "value": value_states}, positions)
+        states = self.coding.apply({"key": key_states, "value": value_states}, positions, key_states.shape[-2])
         return states["key"], states["value"]
 
 
@@ -216,11 +222,12 @@ def coded_copy(
     made = DynamicCache()
     for index, layer in enumerate(cache.layers):
         states: dict[Kind, torch.Tensor] = {"key": layer.keys, "value": layer.values}
-        last = layer.keys.shape[-2] - residual_length
+        length = layer.keys.shape[-2]
+        last = length - residual_length
         if index in coding and last > sink_length:
             positions = torch.arange(sink_length, last, device=layer.keys.device)[None]
             middle = coding[index].apply(
-                {kind: part[:, :, sink_length:last] for kind, part in states.items()}, positions
+                {kind: part[:, :, sink_length:last] for kind, part in states.items()}, positions, length
             )
             states = {
                 kind: torch.cat([part[:, :, :sink_length], middle[kind], part[:, :, last:]], -2)

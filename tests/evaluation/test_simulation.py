@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_models import SUPPORTED, random_codebooks
+from tiny_models import SUPPORTED, VOCABULARY, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.evaluation.agreement import measure_agreement
@@ -54,6 +54,26 @@ def test_coded_copy_continues_like_the_real_cache(
         found = model(rest, **{CACHE_ARGUMENT: copy}).logits
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert (uncoded - expected).abs().max() > 0.5
+
+
+def test_keys_are_turned_as_their_prompt_was() -> None:
+    """Longrope: 300 tokens are beyond the limit of 256, a part of them is not."""
+    model = SUPPORTED["phi3-longrope"].build()
+    codebooks = random_codebooks(model)
+    coding = codings(model, CodebookMethod(codebooks))
+    ids = torch.randint(3, VOCABULARY, (1, 300))
+    real, plain = GSRQCache(codebooks, model), DynamicCache(config=model.config)
+    stored = GSRQCache(codebooks, model, residual_length=0, sink_length=0, quantize_prefill=True)
+    simulated = SimulatedCache(model, coding)
+    with torch.no_grad():
+        for cache in (real, plain):
+            model(ids, **{CACHE_ARGUMENT: cache})
+        for cache in (stored, simulated):
+            model(ids[:, :280], **{CACHE_ARGUMENT: cache})
+            model(ids[:, 280:], **{CACHE_ARGUMENT: cache})
+    for expected, found in ((real, coded_copy(plain, coding)), (stored, simulated)):
+        for layer, made in zip(expected.layers, found.layers, strict=True):
+            torch.testing.assert_close((made.keys, made.values), layer.states(), atol=1e-4, rtol=0)
 
 
 def test_kinds_can_be_switched_off(smollm2: Loaded, tiny_codebooks: GSRQCodebooks, ids: torch.Tensor) -> None:
