@@ -23,6 +23,9 @@ def arguments(model: Path, codebooks: Codebooks, texts: tuple[Path, Path], outpu
 
 
 def test_finetune(short_model: Path, codebooks: Codebooks, text_files: tuple[Path, Path], tmp_path: Path) -> None:
+    # What an evaluation that was killed left behind.
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".state.safetensors-0").touch()
     said = run_json(*arguments(short_model, codebooks, text_files, tmp_path / "out"), "--batch-size", 2)
     made = GSRQCodebooks.from_pretrained(tmp_path / "out")
     assert made.digest == said["digest"]
@@ -35,6 +38,8 @@ def test_finetune(short_model: Path, codebooks: Codebooks, text_files: tuple[Pat
     # (`accelerate launch` starts several processes on a CPU by MPI only.)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "transformers_gsrq"]
     command += map(str, arguments(short_model, codebooks, text_files, tmp_path / "two"))
+    (tmp_path / "two.partial").mkdir()
+    (tmp_path / "two.partial" / "notes.txt").touch()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -44,6 +49,7 @@ def test_finetune(short_model: Path, codebooks: Codebooks, text_files: tuple[Pat
         assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-3)
         assert ours["guard_kl"] == pytest.approx(theirs["guard_kl"], rel=1e-3)
     assert GSRQCodebooks.from_pretrained(tmp_path / "two").digest == shared["digest"]
+    assert [path.name for path in (tmp_path / "two.partial").iterdir()] == ["notes.txt"]
 
 
 def test_too_little_text(short_model: Path, codebooks: Codebooks, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -146,6 +147,20 @@ def partial_folder(output: Path) -> Path:
         raise NotADirectoryError(f"--output {output}: {there} is a file. Name a folder that is not there yet.")
     folder = output if output.name else output.resolve()
     return folder.with_name(folder.name + ".partial")
+
+
+def remove_partial(folder: Path, name: str) -> None:
+    """Remove the files of a finished command from its folder, and the folder if nobody else's are in it.
+
+    Args:
+        folder: From `partial_folder`.
+        name: What the files are called, as a pattern; what an interrupted `write_tensors` left of them goes too.
+    """
+    # What was learned is saved by now: a file that stays is no failure.
+    with suppress(OSError):
+        for path in (*folder.glob(name), *folder.glob(f".{name}-*")):
+            path.unlink()
+        folder.rmdir()
 
 
 def files_name(paths: list[Path]) -> str:

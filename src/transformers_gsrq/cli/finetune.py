@@ -25,6 +25,7 @@ from .common import (
     TokenOption,
     files_name,
     partial_folder,
+    remove_partial,
 )
 
 
@@ -102,10 +103,7 @@ def run(
     state.destroy_process_group()
     if not state.is_main_process:
         sys.exit()
-    kept = checkpoint / "state.safetensors"
-    if kept.is_file():
-        kept.unlink()
-        checkpoint.rmdir()
+    remove_partial(checkpoint, "state.safetensors")
     record = dict(made.provenance["training"][-1])
     record.update(record.pop("measured"))
     course = record["course"]
