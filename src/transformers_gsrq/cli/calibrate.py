@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +26,12 @@ from .common import (
     TokenOption,
     named_texts,
     partial_folder,
+    remove_partial,
 )
 from .inspect import describe
+
+# The files that `fit` keeps; other commands may have theirs in the same folder.
+FINISHED = "layer-*.safetensors"
 
 
 def run(
@@ -94,10 +97,10 @@ def run(
         )
         codebooks.save_pretrained(output)
     except KeyboardInterrupt as stopped:
-        finished = len(list(checkpoint.glob("*.safetensors")))
+        finished = len(list(checkpoint.glob(FINISHED)))
         kept = f"{finished} of {2 * len(config.layers)} codebooks are kept in {checkpoint}; the same command goes on."
         raise Interrupted(f"Interrupted. {kept if finished else 'Nothing was kept yet.'}") from stopped
-    shutil.rmtree(checkpoint)
+    remove_partial(checkpoint, FINISHED)
     figures, description = describe(codebooks)
     lines = [f"Saved to {output}.", "", description]
     if push_to:
