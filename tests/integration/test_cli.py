@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from typer.testing import CliRunner
 
 from cli_runner import CALIBRATION, assert_one_line, run, run_json
 from hermetic import HUB
 from transformers_gsrq import GSRQCache, GSRQCodebooks
-from transformers_gsrq.cli.common import partial_folder
+from transformers_gsrq.cli.common import Report, command, partial_folder
 from transformers_gsrq.cli.evaluate import lower_rate
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.loading import load_model, read_dataset
@@ -230,6 +233,13 @@ def test_full_disk(codebooks: tuple[Path, dict[str, Any]], tmp_path: Path) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_that_json_does_not_know_are_null() -> None:
+    app = typer.Typer()
+    figures = {"some": [math.nan, math.inf, -math.inf, 1.5]}
+    command(app, "show")(lambda: Report(figures, ""))
+    assert json.loads(CliRunner().invoke(app, ["--json"]).stdout) == {"some": [None, None, None, 1.5]}
 
 
 def test_help_and_usage() -> None:

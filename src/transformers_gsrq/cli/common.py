@@ -110,12 +110,12 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
 
 
 def _json(value: Any) -> Any:
-    """JSON knows no NaN: a standard error of a single number is null."""
+    """JSON knows neither NaN nor infinity: a standard error of a single number is null."""
     if isinstance(value, dict):
         return {name: _json(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _one_line(error: BaseException) -> str:
