@@ -53,7 +53,7 @@ class GSRQLM(HFLM):
             codebooks = GSRQCodebooks.from_pretrained(codebooks)
         self.codebooks = codebooks
         self.beam_width = beam_width
-        self.kept_exact = {"residual_length": residual_length, "sink_length": sink_length}
+        self.kept_exact: dict[str, Any] = {"residual_length": residual_length, "sink_length": sink_length}
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
