@@ -34,3 +34,11 @@ def test_prompts_hold_the_answer_at_their_depth(smollm2: Loaded, texts: Texts, t
         assert abs(text.index(needle) / len(text) - prompt.depth) < 0.2
     again = make_prompts(tokenizer, texts[1][:3], task, 600, 4, seed=3)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(prompts, again, strict=True))
+
+
+def test_a_chain_is_told_from_its_beginning(smollm2: Loaded, texts: Texts) -> None:
+    tokenizer = smollm2[1]
+    for prompt in make_prompts(tokenizer, texts[1][:3], "variable_tracking", 400, 50):
+        text, names = tokenizer.decode(prompt.input_ids), tokenizer.decode(prompt.answer_ids).strip().split(", ")
+        places = [text.index(f"VAR {name} = ") for name in names]
+        assert places == sorted(places)

@@ -110,7 +110,7 @@ def make_prompts(
         depth = (index + 0.5) / num_prompts
         make = _chain if task == "variable_tracking" else _needles
         head, lines, question, answer = make(generator, depth, 4 if task == "needle_of_four" else 1)
-        ids = _assemble(tokenizer, words, head, lines, question, length, generator)
+        ids = _assemble(tokenizer, words, head, lines, question, length, generator, in_order=make is _chain)
         answer_ids = torch.tensor(tokenizer(answer, add_special_tokens=False)["input_ids"])
         prompts.append(Prompt(task, depth, ids, answer_ids))
     return prompts
@@ -165,6 +165,8 @@ def _assemble(
     question: str,
     length: int,
     generator: random.Random,
+    *,
+    in_order: bool,
 ) -> torch.Tensor:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -182,8 +184,11 @@ def _assemble(
         filler.append(sentences[at % len(sentences)][: room - used])
         used += len(filler[-1])
         at += 1
+    place = len(filler)
     for depth, ids in sorted(hidden, key=lambda pair: pair[0], reverse=True):
-        filler.insert(round(depth * len(filler)), ids)
+        # The text grows with every line, so that a line may come to stand behind one that is deeper.
+        place = min(round(depth * len(filler)), place if in_order else len(filler))
+        filler.insert(place, ids)
     return torch.tensor([*first, *(token for ids in filler for token in ids), *last])
 
 
