@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Record = tuple[Path, dict[str, Any]]
 TextFiles = tuple[Path, Path]
 SMALL = ("--windows", 2, "--window-length", 150)
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    """A function that fails."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +215,79 @@ def test_retrieval_is_asked_at_every_length(
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["retrieval.png"]
 
 
-def test_results_survive_pictures_that_are_interrupted(
-    codebooks: Record, short_model: Path, text_files: TextFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*args: object) -> None:
-        raise KeyboardInterrupt
+FAILURES = {
+    "interrupted": (KeyboardInterrupt(), 130, "gsrq: Interrupted: the pictures were not finished.\n"),
+    "full disk": (OSError("No space left"), 1, "gsrq: The pictures were not finished: No space left\n"),
+    "bug": (KeyError("axis"), 1, "gsrq: The pictures were not finished: 'axis'\n"),
+}
 
-    monkeypatch.setattr(plots, "draw_all", stop)
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_results_survive_pictures_that_fail(
+    case: str,
+    codebooks: Record,
+    short_model: Path,
+    text_files: TextFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error, code, message = FAILURES[case]
+    monkeypatch.setattr(plots, "draw_all", raising(error))
     options = ("--measure", "retrieval", "--prompts", 1, "--prompt-length", 400, "--plots", tmp_path / "plots")
     result = run("eval", short_model, codebooks[0], "--text", text_files[1], *SMALL, *options, "--json")
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert list(json.loads(result.stdout)["results"]) == ["plain", str(codebooks[0])]
-    assert result.stderr.endswith("gsrq: Interrupted: the pictures were not finished.\n")
+    assert result.stderr.endswith(message)
+    # A bug shows its traceback.
+    assert (result.exception is error) == (case == "bug")
+
+
+def test_results_survive_what_fails_after_them(
+    codebooks: Record, short_model: Path, text_files: TextFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measure that fails, or a folder that cannot be written any more, takes nothing else with it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        GSRQCodebooks.from_pretrained(codebooks[0]).save_pretrained(folder)
+    save = GSRQCodebooks.save_pretrained
+
+    def save_the_second(self: GSRQCodebooks, folder: str) -> None:
+        if Path(folder) == first:
+            raise OSError("No space left")
+        save(self, folder)
+
+    monkeypatch.setattr(GSRQCodebooks, "save_pretrained", save_the_second)
+    monkeypatch.setattr("transformers_gsrq.evaluation.measures.measure_agreement", raising(RuntimeError("No memory")))
+    measures = ("--measure", "agreement", "--measure", "perplexity", "--save")
+    options = ("--text", text_files[1], "--windows", 1, "--window-length", 50, *measures)
+    result = run("eval", short_model, first, second, *options, "--json")
+    assert result.exit_code == 1
+    record = json.loads(result.stdout)
+    assert record["settings"]["measures"] == ["perplexity"]
+    assert GSRQCodebooks.from_pretrained(second).provenance["evaluations"] == [record["results"][str(second)]]
+    assert result.stderr.splitlines()[-2:] == [
+        "gsrq: Agreement was not measured: No memory",
+        f"gsrq: Nothing was saved with {first}: No space left",
+    ]
+    shown = run("eval", short_model, first, second, *options)
+    assert shown.exit_code == 1
+    assert "perplexity" in shown.stdout
+    assert shown.stdout.endswith(f"Saved with: {second}.\n")
+    # With nothing measured there is nothing but the error.
+    assert_one_line(run("eval", short_model, first, *options[:-3], "--measure", "agreement"), "gsrq: No memory")
+
+
+def test_folders_that_cannot_be_written_are_named_before_the_work(
+    codebooks: Record, short_model: Path, text_files: TextFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("eval", short_model, codebooks[0], "--text", text_files[1], *SMALL)
+    monkeypatch.setattr("transformers_gsrq.cli.evaluate.load_model", raising(AssertionError()))
+    inside = text_files[1] / "pictures"
+    assert_one_line(run(*given, "--plots", inside), f"--plots {inside}: {text_files[1]} is a file. Name a folder")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    message = "is not writable. Make it so, or name another folder"
+    assert_one_line(run(*given, "--plots", tmp_path / "new"), f"--plots {tmp_path / 'new'}: {tmp_path} {message}")
+    assert_one_line(run(*given, "--save"), f"--save {codebooks[0]}: {codebooks[0]} {message}")
 
 
 def test_a_dataset_is_read_like_files(

@@ -6,10 +6,11 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +54,13 @@ class Report:
     Attributes:
         figures: For machines; JSON types.
         text: For people; empty if the command has printed it already.
-        interrupted: What Ctrl-C left undone once this was found; the command then ends with 130.
+        failures: What was left undone once this was found, and why. Told after the rest; the command then ends with 1,
+            or with 130 after Ctrl-C.
     """
 
     figures: dict[str, Any]
     text: str
-    interrupted: str = ""
+    failures: Sequence[tuple[str, BaseException]] = ()
 
 
 class Interrupted(Exception):
@@ -89,8 +91,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
                 typer.echo(json.dumps(_json(report.figures), indent=2, allow_nan=False))
             elif report.text:
                 typer.echo(report.text)
-            if report.interrupted:
-                _fail(report.interrupted, 130, None)
+            if report.failures:
+                _fail_after(report.failures, debug)
 
         own = inspect.signature(function, eval_str=True)
         added = {
@@ -131,6 +133,18 @@ def _fail(message: str, code: int, shown: BaseException | None) -> NoReturn:
     sys.exit(code)
 
 
+def _fail_after(failures: Sequence[tuple[str, BaseException]], debug: bool) -> NoReturn:
+    stopped = False
+    for undone, error in failures:
+        stopped = stopped or isinstance(error, KeyboardInterrupt)
+        why = f"Interrupted: {undone}." if isinstance(error, KeyboardInterrupt) else f"{undone}: {_one_line(error)}"
+        typer.echo(f"gsrq: {why[0].upper()}{why[1:]}", err=True)
+    for _, error in failures:
+        if debug or not isinstance(error, (KeyboardInterrupt, *EXPECTED)):
+            raise error
+    sys.exit(130 if stopped else 1)
+
+
 def command_line() -> str:
     """The command as it was typed, for records; a Hub token is left out."""
     return re.sub(r"(--token[ =])\S+", r"\1...", shlex.join(["gsrq", *sys.argv[1:]]))
@@ -141,12 +155,29 @@ def partial_folder(output: Path) -> Path:
 
     Raises:
         NotADirectoryError: if no folder can be made there, before the long work.
+        PermissionError: if it cannot be written.
     """
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"--output {output}: {there} is a file. Name a folder that is not there yet.")
+    check_folder("--output", output)
     folder = output if output.name else output.resolve()
     return folder.with_name(folder.name + ".partial")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the long work.
+
+    Args:
+        option: That named it.
+        folder: There or not.
+
+    Raises:
+        NotADirectoryError: if it, or a folder that it would lie in, is a file.
+        PermissionError: if it cannot be written.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {there} is a file. Name a folder that is not there yet.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {folder}: {there} is not writable. Make it so, or name another folder.")
 
 
 def remove_partial(folder: Path, name: str) -> None:

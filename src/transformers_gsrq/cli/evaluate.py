@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +31,7 @@ from .common import (
     SplitOption,
     TextOption,
     TokenOption,
+    check_folder,
     command_line,
     named_texts,
 )
@@ -100,7 +104,7 @@ def run(
         seed=seed,
     )
     _check(settings, codebooks, plots, save)
-    texts, name = named_texts(text, dataset, split, column, dataset_config)
+    texts, data_name = named_texts(text, dataset, split, column, dataset_config)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
@@ -110,30 +114,49 @@ def run(
 
         if data.numel() < MIN_TOKENS:
             raise ValueError(f"--plots needs windows of {MIN_TOKENS} tokens in all, these are {data.numel()}.")
-    found = evaluate(loaded, tokenizer, texts, data, rates, settings)
-    record = run_record(loaded, data, rates, found, settings, data=name, command=command_line())
-    if save:
-        for source, made in sources.items():
-            saved = perplexity_record(
-                loaded, data, found["perplexity"], source, data=name, beam_width=beam_width, **settings.reading
+    found: dict[str, dict[str, Any]] = {}
+    done: list[str] = []
+    failures: list[tuple[str, BaseException]] = []
+    # Retrieval first: that its text is too little is told before the long work.
+    for name in sorted(settings.measures, key=("retrieval", *MEASURES).index):
+        with _noted(failures, f"{name} was not measured"):
+            found.update(evaluate(loaded, tokenizer, texts, data, rates, replace(settings, measures=(name,))))
+            done.append(name)
+        if failures:
+            break
+    if not done:
+        raise failures[0][1]
+    settings = replace(settings, measures=tuple(name for name in settings.measures if name in done))
+    record = run_record(loaded, data, rates, found, settings, data=data_name, command=command_line())
+    saved = []
+    for source, made in sources.items() if save and "perplexity" in found else ():
+        with _noted(failures, f"nothing was saved with {source}"):
+            entry = perplexity_record(
+                loaded, data, found["perplexity"], source, data=data_name, beam_width=beam_width, **settings.reading
             )
-            made.with_evaluation(saved).save_pretrained(source)
+            made.with_evaluation(entry).save_pretrained(source)
+            saved.append(source)
     lines = [result_tables(record)]
     if set(settings.measures) != {"retrieval"}:
-        lines.append(f"{len(data)} windows of {window_length} tokens of {name}.")
-    if save:
-        lines.append(f"Saved with: {', '.join(codebooks)}.")
-    interrupted = ""
-    if plots is not None:
+        lines.append(f"{len(data)} windows of {window_length} tokens of {data_name}.")
+    if saved:
+        lines.append(f"Saved with: {', '.join(saved)}.")
+    if plots is not None and not any(isinstance(error, KeyboardInterrupt) for _, error in failures):
         from ..evaluation.plots import draw_all
 
-        try:
-            record["plots"] = [str(path) for path in draw_all(plots, loaded, data, rates, found, name)]
+        with _noted(failures, "the pictures were not finished"):
+            record["plots"] = [str(path) for path in draw_all(plots, loaded, data, rates, found, data_name)]
             lines.append("Pictures: " + ", ".join(record["plots"]))
-        except KeyboardInterrupt:
-            # What was measured is worth more than the pictures of it.
-            interrupted = "Interrupted: the pictures were not finished."
-    return Report(record, "\n".join(lines), interrupted)
+    return Report(record, "\n".join(lines), failures)
+
+
+@contextmanager
+def _noted(failures: list[tuple[str, BaseException]], undone: str) -> Iterator[None]:
+    """Note what fails instead of raising it: what was measured before is shown first."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  bugs too: they are raised afterwards
+        failures.append((undone, error))
 
 
 def _check(settings: Settings, codebooks: list[str], plots: Path | None, save: bool) -> None:
@@ -146,6 +169,10 @@ def _check(settings: Settings, codebooks: list[str], plots: Path | None, save: b
         raise ValueError("--save keeps perplexity: add --measure perplexity.")
     if save and not all(Path(source).is_dir() for source in codebooks):
         raise ValueError("--save writes to local folders of codebooks only; download them first, and push afterwards.")
+    for source in codebooks if save else ():
+        check_folder("--save", Path(source))
+    if plots is not None:
+        check_folder("--plots", plots)
 
 
 def _compare(first: str, others: list[str]) -> Report:
