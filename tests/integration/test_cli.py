@@ -261,6 +261,9 @@ def test_what_is_kept_of_an_interrupted_command_lies_beside_its_output(
     monkeypatch.chdir(tmp_path)
     assert partial_folder(Path("a/codebooks")) == Path("a/codebooks.partial")
     assert partial_folder(Path(".")) == tmp_path.with_name(f"{tmp_path.name}.partial")
+    Path("codebooks.partial").touch()
+    with pytest.raises(NotADirectoryError, match=r"--output codebooks\.partial: .* is a file"):
+        partial_folder(Path("codebooks"))
 
 
 def test_lower_rates_need_as_many_stages_in_every_layer(tiny_codebooks: GSRQCodebooks) -> None:

@@ -159,7 +159,9 @@ def partial_folder(output: Path) -> Path:
     """
     check_folder("--output", output)
     folder = output if output.name else output.resolve()
-    return folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial")
+    check_folder("--output", partial)
+    return partial
 
 
 def check_folder(option: str, folder: Path) -> None:
