@@ -179,11 +179,15 @@ def training_steps(provenance: Mapping[str, Any]) -> dict[str, str]:
             )
             if step["measured"]:
                 course = {point["step"]: point["kl"] for point in step["measured"]["course"]}
-                said += (
-                    f"; divergence on held-out text {course[0]:.4f} nats before, {course[step['best_step']]:.4f} after"
-                )
+                before, after = nats(course[0]), nats(course[step["best_step"]])
+                said += f"; divergence on held-out text {before} before, {after} after"
         lines[f"step {number}, {step['step']}"] = said
     return lines
+
+
+def nats(divergence: float | None) -> str:
+    """A divergence in words; None was not a finite number."""
+    return "not finite" if divergence is None else f"{divergence:.4f} nats"
 
 
 def _limits(rate: Rate) -> str:

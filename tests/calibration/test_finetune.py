@@ -38,7 +38,7 @@ def made(first_layers: Loaded, texts: tuple[list[str], list[str]], small: GSRQCo
     return finetune(*first_layers, texts[0][:2], small, guard_texts=texts[1][:1], data_name="two messages", **QUICK)
 
 
-def course_of(codebooks: GSRQCodebooks) -> list[dict[str, float]]:
+def course_of(codebooks: GSRQCodebooks) -> list[dict[str, float | None]]:
     return codebooks.provenance["training"][-1]["measured"]["course"]
 
 
@@ -177,6 +177,34 @@ def test_nan_keeps_the_last_good_codebooks(
     assert "step 2" in record["stopped"]
     assert "step 2" in caplog.text
     assert record["best_step"] in (1, 2)
+
+
+def test_a_divergence_that_is_not_a_number_is_kept_as_none(
+    first_layers: Loaded,
+    texts: tuple[list[str], list[str]],
+    small: GSRQCodebooks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = module._Trainer._divergence
+
+    def overflowing(trainer: module._Trainer, window: module.WeightedWindow) -> torch.Tensor:
+        """On the text of another kind always, on held-out text before the first step."""
+        guard = any(window is other for other in trainer.data.guard)
+        broken = not torch.is_grad_enabled() and (guard or trainer.step == 0)
+        return real(trainer, window) * (torch.nan if broken else 1)
+
+    monkeypatch.setattr(module._Trainer, "_divergence", overflowing)
+    options = {**QUICK, "steps": 2, "evaluate_every": 1, "recall_share": 0.0, "guard_texts": texts[1][:1]}
+    made = finetune(*first_layers, texts[0][:2], small, **options)
+    made.save_pretrained(tmp_path)
+    saved = GSRQCodebooks.from_pretrained(tmp_path)
+    course = course_of(saved)
+    assert course[0]["kl"] is None and all(point["kl"] > 0 for point in course[1:])
+    assert [point["guard_kl"] for point in course] == [None] * 3
+    # What is a number is better than what is not.
+    assert saved.provenance["training"][-1]["best_step"] > 0
+    assert "divergence on held-out text not finite before, " in card(saved)
 
 
 def test_too_little_text_and_bad_options_are_named(

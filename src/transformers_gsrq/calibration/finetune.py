@@ -109,7 +109,7 @@ def finetune(
 
     Returns:
         The codebooks with the least divergence on held-out windows; the last of `provenance["training"]` has the
-        course.
+        course, with None for a divergence that is not a finite number.
 
     Raises:
         ValueError: if the codebooks do not fit the model, an option is out of range, the text is too short, or the
@@ -242,7 +242,9 @@ class _Trainer:
         self._report(least)
         # They belong to the model that was distilled, whatever sibling they started from.
         names = {name: model[name] for name in ("base_model", "base_model_revision")}
-        return self.codebooks.trained("distillation", gains, shapes, record, {"course": self.course}, **names)
+        # JSON knows no infinity.
+        course = [{name: v if math.isfinite(v) else None for name, v in point.items()} for point in self.course]
+        return self.codebooks.trained("distillation", gains, shapes, record, {"course": course}, **names)
 
     def _report(self, least: dict[str, float]) -> None:
         first = self.course[0]
@@ -326,7 +328,9 @@ class _Trainer:
     def _held_out(self, windows: list[WeightedWindow]) -> float:
         mine = windows[self.state.process_index :: self.state.num_processes]
         total = sum(self._divergence(window).item() for window in mine) / len(windows)
-        return self._mean(total) * self.state.num_processes
+        mean = self._mean(total) * self.state.num_processes
+        # Infinity can be compared, as NaN cannot: whatever is a number is better.
+        return mean if math.isfinite(mean) else math.inf
 
     def _stop_early(self) -> None:
         values = [point["kl"] for point in self.course]

@@ -11,6 +11,7 @@ import typer
 from accelerate import PartialState
 
 from ..calibration.finetune import finetune
+from ..card import nats
 from ..codebooks import GSRQCodebooks
 from ..loading import load_model, read_texts
 from .common import (
@@ -107,12 +108,13 @@ def run(
     record = dict(made.provenance["training"][-1])
     record.update(record.pop("measured"))
     course = record["course"]
-    best = min(course, key=lambda point: point["kl"])
+    best = next(point for point in course if point["step"] == record["best_step"])
     lines = [
         f"Saved to {output}. {record['stopped'].capitalize()}; {record['seconds']:g} s.",
-        f"Divergence from the plain model on held-out text: {course[0]['kl']:.4f} before, {best['kl']:.4f} after "
+        f"Divergence from the plain model on held-out text: {nats(course[0]['kl'])} before, {nats(best['kl'])} after "
         f"step {record['best_step']}.",
     ]
     if guard:
-        lines.append(f"On text of another kind: {course[0]['guard_kl']:.4f} before, {best['guard_kl']:.4f} after.")
+        before, after = (nats(point["guard_kl"]) for point in (course[0], best))
+        lines.append(f"On text of another kind: {before} before, {after} after.")
     return Report({"output": str(output), "digest": made.digest, **record}, "\n".join(lines))
