@@ -241,7 +241,6 @@ class CacheMachine(RuleBasedStateMachine):
             path = Path(folder) / "cache.safetensors"
             self.cache.save(path)
             self.cache = GSRQCache.load(path, CODEBOOKS, MODEL)
-        self.recording = False
         self.check_all()
 
     @rule(count=st.integers(1, 40))
