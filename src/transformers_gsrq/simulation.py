@@ -6,6 +6,7 @@ through; that they give what `GSRQCache` gives is tested.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import Step, SteppedCache, attach
 from .codebooks import GSRQCodebooks
-from .compat import native_layers
+from .compat import holds_states, native_layers
 from .config import KINDS, Kind
 from .ops import encode_vectors
 from .ops.reference import decode_vectors, rotate, split_subspaces, unrotate
@@ -217,23 +218,30 @@ def coded_copy(
         sink_length: First tokens kept exact.
 
     Returns:
-        A new cache; layers that are not coded are copied.
+        A new cache; the old one stays as it is.
     """
-    made = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        states: dict[Kind, torch.Tensor] = {"key": layer.keys, "value": layer.values}
+    made = branch(cache)
+    for index in coding:
+        layer = cache.layers[index]
         length = layer.keys.shape[-2]
         last = length - residual_length
-        if index in coding and last > sink_length:
+        if last > sink_length:
+            states: dict[Kind, torch.Tensor] = {"key": layer.keys, "value": layer.values}
             positions = torch.arange(sink_length, last, device=layer.keys.device)[None]
             middle = coding[index].apply(
                 {kind: part[:, :, sink_length:last] for kind, part in states.items()}, positions, length
             )
-            states = {
-                kind: torch.cat([part[:, :, :sink_length], middle[kind], part[:, :, last:]], -2)
+            made.layers[index].keys, made.layers[index].values = (
+                torch.cat([part[:, :, :sink_length], middle[kind], part[:, :, last:]], -2)
                 for kind, part in states.items()
-            }
-        made.update(states["key"], states["value"], index)
+            )
+    return made
+
+
+def branch(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes on from another and leaves it as it was; they share states that new tokens do not change."""
+    made = copy.copy(cache)
+    made.layers = [copy.deepcopy(layer) if holds_states(layer) else copy.copy(layer) for layer in cache.layers]
     return made
 
 

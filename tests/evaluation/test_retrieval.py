@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_gsrq.evaluation.retrieval import TASKS, make_prompts
+from test_cache_hybrid import build as build_hybrid
+from tiny_models import SUPPORTED, VOCABULARY, random_codebooks
+from transformers_gsrq import GSRQCache
+from transformers_gsrq.compat import CACHE_ARGUMENT
+from transformers_gsrq.evaluation.retrieval import TASKS, Prompt, make_prompts, measure_retrieval, read_prompts
+from transformers_gsrq.simulation import CodebookMethod
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Texts = tuple[list[str], list[str]]
@@ -42,3 +48,23 @@ def test_a_chain_is_told_from_its_beginning(smollm2: Loaded, texts: Texts) -> No
         text, names = tokenizer.decode(prompt.input_ids), tokenizer.decode(prompt.answer_ids).strip().split(", ")
         places = [text.index(f"VAR {name} = ") for name in names]
         assert places == sorted(places)
+
+
+@pytest.mark.parametrize("build", [SUPPORTED["llama"].build, SUPPORTED["gemma2"].build, build_hybrid])
+def test_what_generate_says_is_a_hit(build: Callable[[], PreTrainedModel]) -> None:
+    """With layers of every kind, and with any number of methods after one another."""
+    model = build()
+    codebooks = random_codebooks(model)
+    prompts = []
+    for ids in torch.randint(3, VOCABULARY, (4, 60)):
+        cache = GSRQCache(codebooks, model, residual_length=8, sink_length=2)
+        made = model.generate(
+            ids[None], **{CACHE_ARGUMENT: cache}, max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        prompts.append(Prompt("needle", 0.5, ids, made[0, 60:]))
+    methods = dict.fromkeys(("first", "second"), CodebookMethod(codebooks))
+    scores = measure_retrieval(
+        model, read_prompts(model, prompts, progress=False), methods, residual_length=8, sink_length=2
+    )
+    plain, first, second = (found[0].accuracy for found in scores.values())
+    assert plain < first == second == 1

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import CACHE_ARGUMENT
-from ..simulation import Method, coded_copy, codings
+from ..simulation import Method, branch, coded_copy, codings
 from ..text import windows_digest
 from .perplexity import PLAIN
 
@@ -228,7 +228,7 @@ def read_prompts(
     for start in tqdm(range(0, len(prompts), batch_size), desc="Retrieval", unit="batch", disable=not progress):
         part = tuple(prompts[start : start + batch_size])
         ids = torch.stack([prompt.input_ids for prompt in part]).to(model.device)
-        cache = DynamicCache()
+        cache = DynamicCache(config=model.config)
         out = model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         yield ReadPrompts(part, cache, out.logits[:, -1])
 
@@ -295,10 +295,7 @@ def answered(
         answers[row, : prompt.answer_ids.numel()] = prompt.answer_ids
         asked[row, : prompt.answer_ids.numel()] = True
     answers, asked = answers.to(logits.device), asked.to(logits.device)
-    before = cache.get_seq_length()
-    out = model(input_ids=answers, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, :before], layer.values[:, :, :before]
+    out = model(input_ids=answers, **{CACHE_ARGUMENT: branch(cache)}, use_cache=True).logits
     guesses = torch.cat([logits.argmax(-1)[:, None].to(out.device), out[:, :-1].argmax(-1)], -1)
     return ((guesses == answers) | ~asked).all(-1).tolist()
 

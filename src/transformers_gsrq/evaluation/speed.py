@@ -12,7 +12,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
-from ..compat import CACHE_ARGUMENT, quantized_backends, quantized_cache
+from ..compat import CACHE_ARGUMENT, is_full_attention, native_layers, quantized_backends, quantized_cache
+from ..memory import held_bytes
 
 QUANTIZED_BITS = (4, 2)
 
@@ -57,9 +58,10 @@ def measure_speed(
 ) -> Iterator[Speed]:
     """Prefill and decode with the model's plain cache, with the codebooks, and with transformers' quantized caches.
 
-    The last are measured where their packages (`optimum-quanto`, `hqq`) are installed. Every cache decodes the same
-    text. Each has run at two short contexts before anything is measured (a compiler that has seen two lengths expects
-    any); the first token after a prefill is not timed.
+    The last are measured where their packages (`optimum-quanto`, `hqq`) are installed, and where all layers have full
+    attention: they take no others. Every cache decodes the same text. Each has run at two short contexts before
+    anything is measured (a compiler that has seen two lengths expects any); the first token after a prefill is not
+    timed.
 
     Args:
         model: The model.
@@ -85,7 +87,8 @@ def measure_speed(
         "plain": lambda: DynamicCache(config=model.config),
         f"gsrq {codebooks.config.bits():g} bits": lambda: GSRQCache(codebooks, model, backend=backend),
     }
-    for package in quantized_backends():
+    only_full = all(map(is_full_attention, native_layers(model.config)))
+    for package in quantized_backends() if only_full else ():
         for nbits in QUANTIZED_BITS:
             makers[f"{package} {nbits} bits"] = lambda p=package, n=nbits: quantized_cache(model.config, p, n)  # type: ignore[misc]
     ids = token_ids[None].to(model.device)
@@ -141,7 +144,6 @@ def _bytes(cache: Cache) -> tuple[int | None, int]:
         memory = cache.memory()
         return memory.cache, memory.codebooks
     if type(cache) is DynamicCache:
-        states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in states), 0
+        return held_bytes([vars(layer) for layer in cache.layers]), 0
     # Packed tensors of other libraries do not tell their size in one way.
     return None, 0
