@@ -210,6 +210,11 @@ def test_detach_restores_the_model(codebooks: GSRQCodebooks) -> None:
     assert all(not m._forward_hooks_always_called and not m._forward_hooks_with_kwargs for m in model.modules())
 
 
+def test_model_and_codebooks_swapped(model: PreTrainedModel, codebooks: GSRQCodebooks) -> None:
+    with pytest.raises(TypeError, match="got LlamaForCausalLM. The order is GSRQCache"):
+        GSRQCache(model, codebooks)
+
+
 def test_codebooks_of_another_model(codebooks: GSRQCodebooks) -> None:
     with pytest.raises(ValueError, match="learned for another model.*model_type: codebooks llama, model qwen2"):
         GSRQCache(codebooks, SUPPORTED["qwen2"].build())

@@ -159,6 +159,14 @@ def test_an_interrupted_save_leaves_the_old_files_alone(tmp_path: Path, monkeypa
     assert GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest == old.digest
 
 
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "not JSON"])
+def test_a_model_is_not_overwritten(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"not of codebooks, but perhaps of a model. Name a folder"):
+        make_codebooks().save_pretrained(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", content)]
+
+
 def test_a_folder_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, link = tmp_path / "disk", tmp_path / "link"
     disk.mkdir()

@@ -127,6 +127,11 @@ def test_unsupported_models_are_refused_by_name(model_config: object, reason: st
         GSRQConfig.for_model(model_config, bits=1.0)
 
 
+def test_a_model_is_no_config() -> None:
+    with pytest.raises(TypeError, match=r"must be a model's config \(model.config\), got str"):
+        GSRQConfig.for_model("me/my-model", bits=1.0)
+
+
 def test_round_trip_through_json() -> None:
     config = GSRQConfig.for_model(LLAMA_8B, bits=1.0)
     again = GSRQConfig.from_dict(json.loads(json.dumps(config.to_dict())))

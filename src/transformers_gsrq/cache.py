@@ -45,6 +45,7 @@ class GSRQCache(SteppedCache):
         max_length: Tokens that will be cached at most, if known: room for codes is then allocated once.
 
     Raises:
+        TypeError: if `codebooks` is none of these.
         ValueError: if the codebooks do not fit the model, the model is not supported, or an option is out of range.
     """
 
@@ -64,8 +65,13 @@ class GSRQCache(SteppedCache):
         self.options = CacheOptions(
             residual_length, sink_length, chunk_length, beam_width, quantize_prefill, backend, max_length
         )
-        if not isinstance(codebooks, GSRQCodebooks):
+        if isinstance(codebooks, str | Path):
             codebooks = GSRQCodebooks.from_pretrained(codebooks)
+        if not isinstance(codebooks, GSRQCodebooks):
+            raise TypeError(
+                f"codebooks must be GSRQCodebooks, a folder or a Hub id, got {type(codebooks).__name__}. "
+                "The order is GSRQCache(codebooks, model)."
+            )
         self.codebooks = codebooks
         config = codebooks.config
         config.check_model(model.config)

@@ -30,6 +30,27 @@ logger = logging.getLogger(__name__)
 STORED_DTYPE = torch.float16
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder whose config is not that of codebooks: saving there would make a model unreadable.
+
+    Args:
+        folder: There or not.
+
+    Raises:
+        FileExistsError: if it is.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        ours = not path.exists() or "gsrq" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, OSError):
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"There is a {CONFIG_NAME} in {folder} that is not of codebooks, but perhaps of a model. "
+            "Name a folder that is not there yet."
+        )
+
+
 class GSRQCodebooks:
     """Gains and shapes of every compressed layer, immutable once made.
 
@@ -179,9 +200,11 @@ class GSRQCodebooks:
             folder: Created if it is not there; files of older codebooks in it are replaced.
 
         Raises:
+            FileExistsError: if something else than codebooks is in it, such as a model.
             OSError: if it cannot be written, for example because the disk is full.
         """
         folder = Path(folder)
+        check_replaceable(folder)
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         # Written first and moved at the end: an interrupted save leaves nothing half-written. Inside of the target,

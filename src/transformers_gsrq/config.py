@@ -170,9 +170,14 @@ class GSRQConfig:
             key_space: "before_rope" or "after_rope".
 
         Raises:
+            TypeError: if `model_config` is not a config, but for example the model itself.
             ValueError: if the model cannot be compressed, or the bits do not come out as whole stages; the message
                 lists the nearest legal values.
         """
+        if not isinstance(model_config, PreTrainedConfig):
+            raise TypeError(
+                f"model_config must be a model's config (model.config), got {type(model_config).__name__}."
+            )
         text_config = model_config.get_text_config(decoder=True)
         layers = compressible_layers(model_config)
         num_heads, head_dim = head_geometry(text_config)

@@ -115,9 +115,10 @@ def make_cache(model: PreTrainedModel, cache_config: Mapping[str, Any] | None, m
     source = options.pop("codebooks", None)
     if source is None:
         raise ValueError(
-            f'cache_implementation="{NAME}" needs codebooks: pass cache_config={{"codebooks": ...}} with '
-            "GSRQCodebooks, a folder or a Hub id (in a GenerationConfig that is to be saved: one of the last two as "
-            "a string). For a new model make them with transformers_gsrq.calibrate()."
+            f'cache_implementation="{NAME}" needs codebooks, and cache_config has {sorted(options)}: '
+            'pass cache_config={"codebooks": ...} with GSRQCodebooks, a folder or a Hub id (in a GenerationConfig that '
+            "is to be saved: one of the last two as a string). For a new model make them with "
+            "transformers_gsrq.calibrate()."
         )
     unknown = sorted(set(options) - set(legal))
     if unknown:

@@ -117,6 +117,9 @@ def test_bench(codebooks: tuple[Path, dict[str, Any]], short_model: Path) -> Non
     assert rows["plain", 128]["cache_bytes"] == 131 * 3 * 192 * 2 * 4
     assert rows["gsrq 1 bits", 128]["codebook_bytes"] == 2 * run_json("inspect", codebooks[0])["codebook_bytes"]
     assert all(row["token_ms"] > 0 for row in rows.values())
+    printed = run("bench", short_model, codebooks[0], "--contexts", "64", "--new-tokens", 2).stdout
+    plain = next(line for line in printed.splitlines() if line.startswith("plain"))
+    assert f"{3 * 192 * 2 * 4:,}" in plain.split()
 
 
 @pytest.mark.host
@@ -220,6 +223,17 @@ def test_no_write_permission(codebooks: tuple[Path, dict[str, Any]]) -> None:
     before = len(HUB.repos)
     assert_one_line(run("push", codebooks[0], "tester/mine", "--token", "reader"), "You may not write to tester/mine")
     assert len(HUB.repos) == before
+
+
+@pytest.mark.parametrize("command", ["calibrate", "finetune"])
+def test_the_model_is_not_the_output(
+    command: str, codebooks: tuple[Path, dict[str, Any]], short_model: Path, text_files: tuple[Path, Path]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in short_model.iterdir()}
+    given = [short_model, codebooks[0]] if command == "finetune" else [short_model]
+    done = run(command, *given, "--text", text_files[0], "--output", short_model)
+    assert_one_line(done, "not of codebooks, but perhaps of a model")
+    assert {path.name: path.stat().st_mtime_ns for path in short_model.iterdir()} == before
 
 
 def test_full_disk(codebooks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def run(
     figures["results"] = [asdict(speed) for speed in results]
     note = f"Batch 1, {figures['dtype']} on {figures['device']}; median of {new_tokens} tokens."
     columns = len(_HEAD) if torch.cuda.is_available() else _HEAD.index("GPU MiB")
-    return Report(figures, f"{table([row[:columns] for row in (_HEAD, *map(_row, results))])}\n{note}")
+    rows = [_HEAD, *(_row(speed, new_tokens) for speed in results)]
+    return Report(figures, f"{table([row[:columns] for row in rows])}\n{note}")
 
 
 def _lengths(contexts: str) -> list[int]:
@@ -77,8 +78,9 @@ _HEAD = [
 ]  # fmt: skip
 
 
-def _row(speed: Speed) -> list[str]:
-    held = speed.cache_bytes
+def _row(speed: Speed, new_tokens: int) -> list[str]:
+    # One more token warms the decoding up.
+    held, tokens = speed.cache_bytes, speed.context + new_tokens + 1
     return [
         speed.cache,
         f"{speed.context:,}",
@@ -86,7 +88,7 @@ def _row(speed: Speed) -> list[str]:
         f"{speed.token_ms:.1f}",
         f"{speed.token_ms_spread:.1f}",
         "?" if held is None else f"{held / 2**20:.2f}",
-        "?" if held is None else f"{held / speed.context:,.0f}",
+        "?" if held is None else f"{held / tokens:,.0f}",
         f"{speed.codebook_bytes / 2**20:.1f}",
         *(
             "-" if held is None else f"{held / 2**20:.2f}"

@@ -37,10 +37,12 @@ FINISHED = "layer-*.safetensors"
 def run(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codebooks.", metavar="DIR")],
-    bits: Annotated[float, typer.Option(help="Bits per key/value element, 0.25 to 4.")] = 1.0,
-    key_bits: Annotated[float | None, typer.Option(help="Bits for keys, if they differ.")] = None,
-    value_bits: Annotated[float | None, typer.Option(help="Bits for values, if they differ.")] = None,
-    subspace_dim: Annotated[int | None, typer.Option(help="Channels that one code describes.")] = None,
+    bits: Annotated[float, typer.Option(help="Bits per element, for keys and for values, 0.25 to 4.")] = 1.0,
+    key_bits: Annotated[float | None, typer.Option(help="Instead of --bits for keys.")] = None,
+    value_bits: Annotated[float | None, typer.Option(help="Instead of --bits for values.")] = None,
+    subspace_dim: Annotated[
+        int | None, typer.Option(help="Channels that one code describes; the widest up to 128 by default.")
+    ] = None,
     text: TextOption = None,
     dataset: DatasetOption = None,
     dataset_config: DatasetConfigOption = None,
@@ -53,9 +55,14 @@ def run(
     method: Annotated[str, typer.Option(help="gskm, or kmeans as a baseline.")] = "gskm",
     iterations: Annotated[int, typer.Option(help="Updates of each clustering at most.")] = 20,
     refine_rounds: Annotated[
-        int, typer.Option("--refine", min=0, help="Rounds that fit all stages together: less error, no lower rates.")
+        int,
+        typer.Option(
+            "--refine",
+            min=0,
+            help="Rounds that fit all stages together: less error; the first stages alone serve no lower rate.",
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the shuffle, the sample and the clusterings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle, the sample and the clusterings.")] = 0,
     base_model: Annotated[str | None, typer.Option(help="Hub id of MODEL for the model card, if it is local.")] = None,
     push_to: Annotated[str | None, typer.Option(help="Also push to this repository.", metavar="ORG/NAME")] = None,
     dtype: DtypeOption = "auto",

@@ -20,6 +20,7 @@ import typer
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from ..codebooks import check_replaceable
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
@@ -36,7 +37,7 @@ TextOption = Annotated[
 ]
 DatasetOption = Annotated[str | None, typer.Option(help="Dataset instead of files: Hub id or local folder.")]
 DatasetConfigOption = Annotated[str | None, typer.Option(help="Configuration of the dataset.")]
-SplitOption = Annotated[str, typer.Option(help="Split of the dataset.")]
+SplitOption = Annotated[str, typer.Option(help="Split of the dataset (train, test ...).")]
 ColumnOption = Annotated[str, typer.Option(help="Column of the dataset that holds the texts.")]
 DtypeOption = Annotated[str, typer.Option(help="auto (as saved), bfloat16, float16 or float32.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU if there is one by default.")]
@@ -156,8 +157,10 @@ def partial_folder(output: Path) -> Path:
     Raises:
         NotADirectoryError: if no folder can be made there, before the long work.
         PermissionError: if it cannot be written.
+        FileExistsError: if something else than codebooks is in it.
     """
     check_folder("--output", output)
+    check_replaceable(output)
     folder = output if output.name else output.resolve()
     partial = folder.with_name(folder.name + ".partial")
     check_folder("--output", partial)

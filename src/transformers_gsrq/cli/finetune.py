@@ -45,15 +45,20 @@ def run(
     steps: Annotated[int, typer.Option(help="Steps at most.")] = 200,
     window_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows of a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Relative to the spread of a stage.")] = 3e-3,
-    recall_share: Annotated[float, typer.Option(help="Share of windows that demand exact recall.")] = 0.25,
+    learning_rate: Annotated[
+        float, typer.Option(help="Step of a centroid, relative to the spread of its stage.")
+    ] = 3e-3,
+    recall_share: Annotated[float, typer.Option(help="Share of windows that hide something to be repeated.")] = 0.25,
     evaluate_every: Annotated[
-        int, typer.Option(help="Steps from one evaluation on held-out windows to the next; the state is saved then.")
+        int,
+        typer.Option(
+            help="Steps from one evaluation on held-out (and --guard) windows to the next; the state is saved then."
+        ),
     ] = 25,
     patience: Annotated[int, typer.Option(help="Evaluations without progress after which it stops.")] = 5,
     beam_width: BeamOption = 1,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of texts and the recall windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the recall windows.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     model_revision: RevisionOption = None,
