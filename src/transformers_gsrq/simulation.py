@@ -22,6 +22,7 @@ from .compat import holds_states, native_layers
 from .config import KINDS, Kind
 from .ops import encode_vectors
 from .ops.reference import decode_vectors, rotate, split_subspaces, unrotate
+from .persistence import execution_device
 from .rope import Rotary, attention_modules, read_rotary
 
 # Takes states [B, H, T, D] and returns what a cache would give back for them, same shape and dtype.
@@ -144,8 +145,13 @@ def codings(model: PreTrainedModel, method: Method) -> dict[int, Coding]:
 
 
 def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
-    """Device of the parameters of a decoder layer's attention."""
-    return next(attention_modules(model)[layer].parameters()).device
+    """Device that a decoder layer's attention computes on."""
+    return execution_device(attention_modules(model)[layer])
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Device that a model takes its tokens on; `model.device` is "meta" where accelerate offloads its weights."""
+    return execution_device(model.get_input_embeddings())
 
 
 class SimulatedLayer(DynamicLayer):

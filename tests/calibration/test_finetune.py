@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate import PartialState
@@ -114,6 +116,17 @@ def test_the_model_is_as_before(first_layers: Loaded, made: GSRQCodebooks) -> No
     model = first_layers[0]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_offloaded_weights_are_distilled_like_others(
+    first_layers: Loaded, texts: tuple[list[str], list[str]], small: GSRQCodebooks
+) -> None:
+    options = {**QUICK, "steps": 1, "recall_share": 0.0}
+    offloaded = accelerate.cpu_offload(copy.deepcopy(first_layers[0]), execution_device=torch.device("cpu"))
+    found, expected = (
+        finetune(model, first_layers[1], texts[0][:2], small, **options) for model in (offloaded, first_layers[0])
+    )
+    assert found.digest == expected.digest
 
 
 def test_an_interrupted_run_goes_on_where_it_was(

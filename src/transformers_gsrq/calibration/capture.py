@@ -17,6 +17,7 @@ from ..config import KINDS, GSRQConfig, Kind
 from ..ops.reference import unrotate
 from ..persistence import fingerprint
 from ..rope import Rotary, read_rotary
+from ..simulation import input_device
 from ..text import windows_digest
 
 
@@ -157,7 +158,7 @@ def _read_window(
     chosen: torch.Tensor,
 ) -> list[tuple[tuple[int, Kind], torch.Tensor, torch.Tensor | None]]:
     cache = RecordingCache(model, config, gradients)
-    input_ids = window[None].to(model.device)
+    input_ids = window[None].to(input_device(model))
     with torch.set_grad_enabled(gradients):
         logits = model(input_ids=input_ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
         keys = [(index, kind) for index in config.layers for kind in KINDS]

@@ -34,7 +34,7 @@ from ..ops import encode_vectors
 from ..ops.reference import decode_vectors, split_subspaces
 from ..persistence import fingerprint
 from ..rope import read_rotary
-from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
+from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, input_device, layer_device
 from ..text import token_windows, windows_digest
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow
 from .report import model_record
@@ -154,7 +154,7 @@ class _Trainer:
     ) -> None:
         self.model, self.codebooks, self.data, self.options, self.folder = model, codebooks, data, options, folder
         self.data_name = data_name
-        self.state = PartialState(cpu=model.device.type == "cpu")
+        self.state = PartialState(cpu=input_device(model).type == "cpu")
         self.scales: dict[tuple[int, Kind], torch.Tensor] = {}
         self.parameters: dict[tuple[int, Kind], torch.Tensor] = {}
         config = codebooks.config
@@ -292,7 +292,7 @@ class _Trainer:
 
     def _divergence(self, window: WeightedWindow) -> torch.Tensor:
         """Weighted mean divergence (nats) of predictions with coded states from the plain model's."""
-        ids = window.input_ids[None].to(self.model.device)
+        ids = window.input_ids[None].to(input_device(self.model))
         with torch.no_grad():
             plain = self.model(input_ids=ids, use_cache=False).logits[0]
         cache = SimulatedCache(self.model, self.coding, StatelessLayer)

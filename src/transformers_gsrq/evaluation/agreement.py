@@ -15,7 +15,7 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..config import KINDS
-from ..simulation import CodebookMethod, Method, SimulatedCache, codings
+from ..simulation import CodebookMethod, Method, SimulatedCache, codings, input_device
 from .perplexity import PLAIN, Perplexity, mean_error, summarize
 
 # Predictions compared at once, so that float32 logits of a large vocabulary stay small.
@@ -78,7 +78,7 @@ def measure_agreement(
     coding = {name: codings(model, method) for name, method in methods.items()}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in (PLAIN, *methods)}
     for part in tqdm(windows.split(batch_size), desc="Agreement", unit="batch", disable=not progress):
-        ids = part.to(model.device)
+        ids = part.to(input_device(model))
         plain = model(input_ids=ids, use_cache=False).logits
         found[PLAIN].append(_compare(plain, plain, ids))
         for name in methods:
@@ -177,7 +177,7 @@ def measure_divergence_lengths(
     """
     lengths: dict[str, list[int]] = {name: [] for name in codebooks}
     for prompt in tqdm(prompts, desc="Greedy texts", unit="prompt", disable=not progress):
-        ids = prompt[None].to(model.device)
+        ids = prompt[None].to(input_device(model))
         settings = {
             "attention_mask": torch.ones_like(ids), "max_new_tokens": max_new_tokens, "do_sample": False,
             "min_new_tokens": max_new_tokens,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
+from ..simulation import input_device
 
 PLAIN = "plain"
 
@@ -82,7 +83,7 @@ def measure_perplexity(
 @torch.no_grad()
 def window_loss(model: PreTrainedModel, window: torch.Tensor, cache: GSRQCache | None) -> float:
     """Mean negative log-likelihood (nats) of the tokens `[T]` after the first, read in one forward pass."""
-    input_ids = window[None].to(model.device)
+    input_ids = window[None].to(input_device(model))
     logits = model(input_ids=input_ids, **{CACHE_ARGUMENT: cache}, use_cache=cache is not None).logits
     return nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:].to(logits.device)).item()
 

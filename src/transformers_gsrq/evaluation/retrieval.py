@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import CACHE_ARGUMENT
-from ..simulation import Method, branch, coded_copy, codings
+from ..simulation import Method, branch, coded_copy, codings, input_device
 from ..text import windows_digest
 from .perplexity import PLAIN
 
@@ -227,7 +227,7 @@ def read_prompts(
         raise ValueError(f"Prompts must have one length, got {sorted(lengths)}; measure each length on its own.")
     for start in tqdm(range(0, len(prompts), batch_size), desc="Retrieval", unit="batch", disable=not progress):
         part = tuple(prompts[start : start + batch_size])
-        ids = torch.stack([prompt.input_ids for prompt in part]).to(model.device)
+        ids = torch.stack([prompt.input_ids for prompt in part]).to(input_device(model))
         cache = DynamicCache(config=model.config)
         out = model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         yield ReadPrompts(part, cache, out.logits[:, -1])

@@ -14,6 +14,7 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT, is_full_attention, native_layers, quantized_backends, quantized_cache
 from ..memory import held_bytes
+from ..simulation import input_device
 
 QUANTIZED_BITS = (4, 2)
 
@@ -91,7 +92,7 @@ def measure_speed(
     for package in quantized_backends() if only_full else ():
         for nbits in QUANTIZED_BITS:
             makers[f"{package} {nbits} bits"] = lambda p=package, n=nbits: quantized_cache(model.config, p, n)  # type: ignore[misc]
-    ids = token_ids[None].to(model.device)
+    ids = token_ids[None].to(input_device(model))
     shortest = min(context_lengths)
     for make in makers.values():
         for context in (shortest, max(2, shortest // 2)):
@@ -105,15 +106,16 @@ def measure_speed(
 def _measure(
     model: PreTrainedModel, cache: Cache, name: str, token_ids: torch.Tensor, context: int, new_tokens: int
 ) -> Speed:
-    on_gpu = model.device.type == "cuda"
-    before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
+    device = input_device(model)
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
 
     def take_peak() -> int | None:
         """The most that was allocated since the last call, beyond what was there before."""
         if not on_gpu:
             return None
-        peak = torch.cuda.max_memory_allocated(model.device) - before
-        torch.cuda.reset_peak_memory_stats(model.device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.reset_peak_memory_stats(device)
         return peak
 
     take_peak()
@@ -127,15 +129,16 @@ def _measure(
         model(input_ids=token_ids[:, index : index + 1], **{CACHE_ARGUMENT: cache}, use_cache=True)
         times.append((now(model) - began) * 1000)
     lower, median, upper = statistics.quantiles(times[1:], n=4)
-    allocated = torch.cuda.memory_allocated(model.device) - before if on_gpu else None
+    allocated = torch.cuda.memory_allocated(device) - before if on_gpu else None
     spread = (upper - lower) / 2
     return Speed(name, context, prefill, median, spread, *_bytes(cache), allocated, prefill_peak, take_peak())
 
 
 def now(model: PreTrainedModel) -> float:
     """Seconds of a clock, once the model's device has done its work."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    device = input_device(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
