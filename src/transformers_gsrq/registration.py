@@ -116,8 +116,9 @@ def make_cache(model: PreTrainedModel, cache_config: Mapping[str, Any] | None, m
     if source is None:
         raise ValueError(
             f'cache_implementation="{NAME}" needs codebooks, and cache_config has {sorted(options)}: '
-            'pass cache_config={"codebooks": ...} with GSRQCodebooks, a folder or a Hub id (in a GenerationConfig to be '
-            "saved: one of the last two as a string). For a new model make them with transformers_gsrq.calibrate()."
+            'pass cache_config={"codebooks": ...} with GSRQCodebooks, a folder or a Hub id '
+            "(in a GenerationConfig that is to be saved: one of the last two as a string). "
+            "For a new model make them with transformers_gsrq.calibrate()."
         )
     unknown = sorted(set(options) - set(legal))
     if unknown:
