@@ -79,6 +79,11 @@ def attach(model: PreTrainedModel) -> None:
         decoder.register_forward_hook(_clean_up, with_kwargs=True, always_call=True)
 
 
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether a model has the hooks that `attach` installs."""
+    return _begin in model.get_decoder()._forward_pre_hooks.values()
+
+
 def detach(model: PreTrainedModel) -> None:
     """Remove every hook that `attach` installed, and give the model its own attention back."""
     fused.unroute(model)

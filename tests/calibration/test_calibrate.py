@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_gsrq import GSRQConfig, calibrate
+from tiny_models import SUPPORTED
+from transformers_gsrq import GSRQConfig, attach, calibrate
 from transformers_gsrq.calibration import Samples, capture, fit
 from transformers_gsrq.calibration.fit import gradient_weights
 from transformers_gsrq.ops import encode_vectors
@@ -76,6 +77,21 @@ def test_capture_samples_the_same_tokens_everywhere_within_the_bound(smollm2: Sm
         assert distance.amin(-1).max() < 0.02
         places.append(distance.argmin(-1).tolist())
     assert places[0] == places[1] == sorted(set(places[0]))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_capture_leaves_the_model_as_it_was(before: bool) -> None:
+    model = SUPPORTED["llama"].build().train()
+    model.model.layers[0].eval()
+    if before:
+        attach(model)
+    modes = [module.training for module in model.modules()]
+    hooks = [[*module._forward_pre_hooks.values(), *module._forward_hooks.values()] for module in model.modules()]
+    capture(
+        model, torch.arange(40)[None], GSRQConfig.for_model(model.config, bits=1.0, subspace_dim=8), progress=False
+    )
+    assert [module.training for module in model.modules()] == modes
+    assert [[*m._forward_pre_hooks.values(), *m._forward_hooks.values()] for m in model.modules()] == hooks
 
 
 def test_stages_fit_what_the_stages_before_leave(small: tuple[Samples, GSRQConfig]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..attention import Step, SteppedCache, attach
+from ..attention import Step, SteppedCache, attach, detach, is_attached
 from ..compat import CACHE_ARGUMENT, native_layers
 from ..config import KINDS, GSRQConfig, Kind
 from ..ops.reference import unrotate
@@ -114,7 +116,6 @@ def capture(
     Returns:
         The samples.
     """
-    attach(model)
     rotaries: dict[int, Rotary | None] = dict.fromkeys(config.layers)
     if config.key_space == "before_rope":
         rotaries = read_rotary(model, config.layers)
@@ -122,17 +123,13 @@ def capture(
     per_window = -(-max_vectors // windows.shape[0])
     states: dict[tuple[int, Kind], list[torch.Tensor]] = {(i, kind): [] for i in config.layers for kind in KINDS}
     slopes: dict[tuple[int, Kind], list[torch.Tensor]] = {key: [] for key in states}
-    training = model.training
-    model.eval()
-    try:
+    with attached(model):
         for window in tqdm(windows, desc="Reading text", unit="window", disable=not progress):
             chosen = torch.randperm(windows.shape[1], generator=generator)[:per_window].sort().values
             for key, state, slope in _read_window(model, window, config, rotaries, gradients, chosen):
                 states[key].append(state)
                 if slope is not None:
                     slopes[key].append(slope)
-    finally:
-        model.train(training)
     return Samples(
         states=_joined(states, max_vectors),
         gradients=_joined(slopes, max_vectors) if gradients else {},
@@ -140,6 +137,22 @@ def capture(
         num_tokens=windows.numel(),
         origin=f"{fingerprint(model)} {seed}",
     )
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """The model attached and without dropout; afterwards its hooks, and the mode of each module, are as before."""
+    before = is_attached(model)
+    modes = {module: module.training for module in model.modules()}
+    attach(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if not before:
+            detach(model)
 
 
 def _joined(
