@@ -11,9 +11,11 @@ import accelerate
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate
+from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate, detach
+from transformers_gsrq.attention import is_attached
 from transformers_gsrq.calibration import finetune as module
 from transformers_gsrq.calibration.finetune import finetune
 from transformers_gsrq.calibration.recall import recall_window
@@ -118,15 +120,34 @@ def test_the_model_is_as_before(first_layers: Loaded, made: GSRQCodebooks) -> No
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_offloaded_weights_are_distilled_like_others(
-    first_layers: Loaded, texts: tuple[list[str], list[str]], small: GSRQCodebooks
+    gradient_checkpointing: bool,
+    first_layers: Loaded,
+    texts: tuple[list[str], list[str]],
+    small: GSRQCodebooks,
 ) -> None:
-    options = {**QUICK, "steps": 1, "recall_share": 0.0}
-    offloaded = accelerate.cpu_offload(copy.deepcopy(first_layers[0]), execution_device=torch.device("cpu"))
+    options = {**QUICK, "steps": 1, "recall_share": 0.0, "gradient_checkpointing": gradient_checkpointing}
+    offloaded = copy.deepcopy(first_layers[0])
+    detach(offloaded)
+    offloaded = accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu")).train()
+    layers = offloaded.model.layers
+    layers[0].eval()
+    for layer in layers:
+        # As on several devices: its forward becomes one of its own.
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    forwards = [layer.forward for layer in layers]
     found, expected = (
         finetune(model, first_layers[1], texts[0][:2], small, **options) for model in (offloaded, first_layers[0])
     )
     assert found.digest == expected.digest
+    # The model is as before.
+    assert not is_attached(offloaded)
+    assert offloaded.training and not layers[0].training
+    assert [layer.forward for layer in layers] == forwards
+    assert all(parameter.requires_grad for parameter in offloaded.parameters())
+    ids = torch.arange(8)[None]
+    assert torch.equal(offloaded.eval()(ids).logits, first_layers[0](ids).logits)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(

@@ -36,6 +36,7 @@ from ..persistence import fingerprint
 from ..rope import read_rotary
 from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, input_device, layer_device
 from ..text import token_windows, windows_digest
+from .capture import attached
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow
 from .report import model_record
 
@@ -419,21 +420,24 @@ def _schedule(step: int, steps: int) -> float:
 
 @contextmanager
 def _frozen(model: PreTrainedModel, gradient_checkpointing: bool) -> Iterator[None]:
-    """The model without trainable parameters or dropout; as before afterwards."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
+    """The model attached, without trainable parameters or dropout; as before afterwards."""
+    # By name: accelerate makes new parameters of weights that it offloads.
+    trainable = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     layers = list(model.get_decoder().layers) if gradient_checkpointing else []
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    for layer in layers:
-        # transformers' own switch drops the cache, and with it the codes.
-        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
+    # Where accelerate has hooked a layer, the layer has a forward of its own.
+    forwards = [vars(layer).get("forward") for layer in layers]
+    with attached(model):
+        model.requires_grad_(False)
         for layer in layers:
-            del layer.forward
-        for parameter in trainable:
-            parameter.requires_grad_()
-        model.train(training)
+            # transformers' own switch drops the cache, and with it the codes.
+            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(layers, forwards, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if name in trainable:
+                    parameter.requires_grad_()
