@@ -60,9 +60,14 @@ class SteppedCache(Cache):
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Install the hooks that `SteppedCache` needs; attaching again changes nothing.
+    """Install hooks that tell a `GSRQCache` the positions, the rotation and the mask of each forward pass.
 
-    Caches of other kinds pass through untouched, so an attached model behaves as before with them.
+    `GSRQCache(codebooks, model)` attaches its model itself. Call this after `detach`, to go on with a cache that was
+    made before. A copy of the model needs a cache of its own, which attaches it. Attaching again changes nothing, and
+    caches of other kinds pass through untouched, so an attached model behaves as before with them.
+
+    Args:
+        model: The model of the cache; changed in place.
 
     Raises:
         ValueError: if no attention modules are recognised.
@@ -85,7 +90,16 @@ def is_attached(model: PreTrainedModel) -> bool:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Remove every hook that `attach` installed, and give the model its own attention back."""
+    """Remove every hook that `attach` installed, and give the model its own attention back.
+
+    A `GSRQCache` of the model then takes no tokens: `attach` it again, or make a new cache.
+
+    Args:
+        model: The model; changed in place.
+
+    Raises:
+        ValueError: if no attention modules are recognised.
+    """
     fused.unroute(model)
     modules = [*attention_modules(model).values(), model.get_decoder()]
     for module in modules:

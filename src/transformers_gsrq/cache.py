@@ -32,7 +32,7 @@ class GSRQCache(SteppedCache):
     rest once, when it leaves the window; layers of other kinds keep transformers' own caches.
 
     Args:
-        codebooks: The codebooks, or the local folder they are in.
+        codebooks: The codebooks, or where they are: a local folder or a Hub id, as `from_pretrained` takes it.
         model: The model that will use the cache; it is `attach`ed.
         residual_length: Latest tokens kept exact. While decoding up to `chunk_length` - 1 more are exact.
         sink_length: First real tokens of each row kept exact.
@@ -41,7 +41,7 @@ class GSRQCache(SteppedCache):
         quantize_prefill: Let prompt tokens attend to what the cache stores instead of exact states. For honest
             perplexities, usually with `residual_length=0, sink_length=0`. Every call with several tokens is a prompt.
         backend: "auto" encodes and decodes by kernels where they can run and in torch where not; "triton" raises where
-            they cannot run; "torch" never uses them.
+            they cannot run, when the first tokens are to be compressed or read from codes; "torch" never uses them.
         max_length: Tokens that will be cached at most, if known: room for codes is then allocated once.
 
     Raises:
