@@ -185,6 +185,21 @@ def test_tables_of_fidelity_are_what_was_recorded(name: str) -> None:
             assert row["rate"] == 16 or f"| {sum(hit for _, hit in scores['hits'])}/{scores['prompts']} |" in page
 
 
+def test_summary_of_fidelity_is_what_was_recorded() -> None:
+    rows = json.loads((ROOT / "docs" / "records" / "fidelity-qwen2.5-coder-1.5b-h200.json").read_text())["rows"]
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    for rate in ("2", "1", "0.75", "0.5", "0.375"):
+        both = [rows[f"{name} @{rate}"] for name in ("GSKM + log", "distilled + beam 4")]
+        increases = torch.tensor(
+            [[row["agreement"][kind]["perplexity"]["increase"] for kind in ("prose", "code", "unseen")] for row in both]
+        )
+        cells = [f"{mean:+.{1 if mean < 1 else 0}%}" for mean in increases.mean(1).tolist()]
+        cells.append(f"{(increases[1] / increases[0]).mean():.2f}")
+        for task in ("needle", "needle_of_four"):
+            cells.append(", ".join(str(sum(hit for _, hit in row["retrieval"][task]["hits"])) for row in both))
+        assert f"| {rate} | {' | '.join(cells)} |" in page
+
+
 def test_there_is_something_to_test() -> None:
     assert len(command_lines()) > 5
     assert sum(len(blocks(page, "python")) for page in PAGES) > 10
