@@ -252,7 +252,9 @@ class Study:
             self.distill(self.codebooks["split", 1.0], 1.0, f"rate {rate:g}", rate)
         self.args.steps = steps
         tried = {rate: self.results["distillation"][f"rate {rate:g} @1"] for rate in self.args.try_rates}
-        self.args.learning_rate = min(tried, key=lambda rate: min(point["kl"] for point in tried[rate]["course"]))
+        # A divergence that was not finite is None.
+        least = {rate: min(p["kl"] for p in run["course"] if p["kl"] is not None) for rate, run in tried.items()}
+        self.args.learning_rate = min(least, key=least.__getitem__)
         self.results["learning_rate"] = self.args.learning_rate
 
     def learned_rows(self, kind: str, rates: Iterable[float], beam: int = 1) -> dict[str, tuple[float, Method]]:
