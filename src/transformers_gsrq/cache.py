@@ -11,7 +11,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from . import fused, persistence
 from .attention import Step, SteppedCache, attach
@@ -186,11 +186,13 @@ class GSRQCache(SteppedCache):
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a layer's `update` returns, as it was before the pass that is running."""
-        if self._undo is None or layer_idx >= len(self.layers):
+        if self._undo is None:
             return super().get_mask_sizes(query_length, layer_idx)
-        layer = object.__new__(type(self.layers[layer_idx]))
-        vars(layer).update(self._undo[layer_idx])
-        return layer.get_mask_sizes(query_length)
+        layers = []
+        for layer, held in zip(self.layers, self._undo[:-1], strict=True):
+            layers.append(object.__new__(type(layer)))
+            vars(layers[-1]).update(held)
+        return Cache(layers=layers).get_mask_sizes(query_length, layer_idx)
 
     def begin(self) -> None:
         """Take note that a forward pass begins (called by the hooks of `attach`).
