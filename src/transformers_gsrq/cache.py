@@ -12,6 +12,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from . import fused, persistence
 from .attention import Step, SteppedCache, attach
@@ -188,10 +189,13 @@ class GSRQCache(SteppedCache):
         """Length and offset of the keys that a layer's `update` returns, as it was before the pass that is running."""
         if self._undo is None:
             return super().get_mask_sizes(query_length, layer_idx)
-        layers = []
-        for layer, held in zip(self.layers, self._undo[:-1], strict=True):
-            layers.append(object.__new__(type(layer)))
-            vars(layers[-1]).update(held)
+        layers = list(self.layers)
+        # Linear attention counts no tokens; the first layer that does answers for it.
+        for index in range(layer_idx, len(layers)):
+            if isinstance(layers[index], CacheLayerMixin):
+                layers[index] = object.__new__(type(layers[index]))
+                vars(layers[index]).update(self._undo[index])
+                break
         return Cache(layers=layers).get_mask_sizes(query_length, layer_idx)
 
     def begin(self) -> None:
