@@ -19,7 +19,7 @@ from test_cache_errors import PROMPT, assert_unchanged, contents, next_logits
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
 from transformers_gsrq.compat import CACHE_ARGUMENT
-from transformers_gsrq.persistence import fingerprint
+from transformers_gsrq.models import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ from transformers.models.gemma3n import modeling_gemma3n
 
 from transformers_gsrq import GSRQConfig
 from transformers_gsrq.calibration import capture
-from transformers_gsrq.rope import Rotary, attention_modules, check_layout, read_rotary, rotates_keys
+from transformers_gsrq.models import attention_modules
+from transformers_gsrq.rope import Rotary, check_layout, read_rotary, rotates_keys
 
 SIZES = {
     "hidden_size": 64,

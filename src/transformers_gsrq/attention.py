@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from . import compiled, fused
-from .rope import attention_modules
+from .models import attention_modules
 
 # What attention modules call their cache argument.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")

@@ -20,8 +20,9 @@ from .codebooks import GSRQCodebooks
 from .compat import attributes, holds_states, native_layers, restart_length
 from .layer import GSRQLayer
 from .memory import MemoryReport, measure
+from .models import attention_modules, fingerprint
 from .options import CacheOptions
-from .rope import attention_modules, read_rotary
+from .rope import read_rotary
 from .support import check_attention
 from .tokens import TokenTable
 
@@ -356,8 +357,8 @@ class GSRQCache(SteppedCache):
         self.roll_back()
         if self._model() is None:
             raise RuntimeError("The model of this cache was deleted, so the file could not say which one it was.")
-        fingerprint = persistence.fingerprint(self._model())
-        persistence.write_cache(path, self.layers, self.table, self.codebooks, self.options, fingerprint)
+        mark = fingerprint(self._model())
+        persistence.write_cache(path, self.layers, self.table, self.codebooks, self.options, mark)
 
     @classmethod
     def load(

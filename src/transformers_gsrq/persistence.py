@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,21 +10,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .codebooks import GSRQCodebooks
 from .files import write_tensors
 from .layer import GSRQLayer
+from .models import attention_modules, execution_device, fingerprint
 from .options import CacheOptions
-from .rope import attention_modules
 from .tokens import TokenTable
 
 FORMAT = "gsrq-cache"
 FORMAT_VERSION = 1
-# Enough numbers to tell two models apart, few enough to read at once.
-FINGERPRINT_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -190,31 +186,3 @@ def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[
     raise ValueError(
         f"Caches with a {type(layer).__name__} cannot be saved; only compressed and sliding-window layers can."
     )
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Device that a module computes on, also where accelerate keeps its weights elsewhere."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            device = getattr(each, "execution_device", None)
-            if device is not None:
-                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return next(module.parameters()).device
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Name a model by samples of every parameter of its decoder, in hexadecimal.
-
-    Weights that accelerate offloads are not read; then only their names, shapes and dtypes count.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.get_decoder().named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.device.type != "meta" and weight.numel():
-            flat = weight.detach().flatten()
-            # In integers: a float32 cannot count the weights of a large matrix.
-            step = torch.arange(FINGERPRINT_SAMPLES, device=flat.device)
-            rows = step * (flat.numel() - 1) // (FINGERPRINT_SAMPLES - 1)
-            digest.update(flat[rows].cpu().float().numpy().data)
-    return digest.hexdigest()

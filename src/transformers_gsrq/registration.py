@@ -17,7 +17,7 @@ from .cache import GSRQCache
 from .codebooks import GSRQCodebooks
 from .compat import CACHE_ARGUMENT
 from .hub import TENSORS_NAME
-from .rope import attention_modules
+from .models import attention_modules
 
 NAME = "gsrq"
 # What `generate` hands to the method we wrap; another signature means other internals.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .models import attention_modules
 from .ops.reference import rotate
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -272,28 +273,3 @@ def check_layout(attention: nn.Module, pairs: int, name: str) -> None:
         ) from error
     if not torch.allclose(theirs, rotate(states, (cos, sin)), atol=1e-5):
         raise ValueError(f"{name!r} rotates interleaved channel pairs; only the half-split layout is supported.")
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Self-attention modules of a decoder by layer index.
-
-    Raises:
-        ValueError: if the model has none that we recognise, or several for a layer.
-    """
-    found: dict[int, nn.Module] = {}
-    for module in model.get_decoder().modules():
-        layer = getattr(module, "layer_idx", None)
-        if "Attention" in type(module).__name__ and isinstance(layer, int):
-            if layer in found:
-                raise ValueError(
-                    f"{type(model).__name__} has several attention modules with layer_idx={layer}, for an encoder or "
-                    "for a pass of its own, so a cache layer has not one attention; this architecture is not "
-                    "supported."
-                )
-            found[layer] = module
-    if not found:
-        raise ValueError(
-            f"No attention modules with a layer_idx were found in {type(model).__name__}; this architecture is not "
-            "supported."
-        )
-    return found

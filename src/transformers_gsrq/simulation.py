@@ -20,10 +20,10 @@ from .attention import Step, SteppedCache, attach
 from .codebooks import GSRQCodebooks
 from .compat import holds_states, native_layers
 from .config import KINDS, Kind
+from .models import attention_modules, execution_device
 from .ops import encode_vectors
 from .ops.reference import decode_vectors, rotate, split_subspaces, unrotate
-from .persistence import execution_device
-from .rope import Rotary, attention_modules, read_rotary
+from .rope import Rotary, read_rotary
 
 # Takes states [B, H, T, D] and returns what a cache would give back for them, same shape and dtype.
 Codec = Callable[[torch.Tensor], torch.Tensor]
@@ -147,11 +147,6 @@ def codings(model: PreTrainedModel, method: Method) -> dict[int, Coding]:
 def layer_device(model: PreTrainedModel, layer: int) -> torch.device:
     """Device that a decoder layer's attention computes on."""
     return execution_device(attention_modules(model)[layer])
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Device that a model takes its tokens on; `model.device` is "meta" where accelerate offloads its weights."""
-    return execution_device(model.get_input_embeddings())
 
 
 class SimulatedLayer(DynamicLayer):

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from .attention import CACHE_ARGUMENTS
 from .config import compressible_layers, head_geometry
-from .rope import attention_modules, read_rotary
+from .models import attention_modules
+from .rope import read_rotary
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from transformers.cache_utils import DynamicLayer
 from ..attention import Step, SteppedCache, attach, detach, is_attached
 from ..compat import CACHE_ARGUMENT, native_layers
 from ..config import KINDS, GSRQConfig, Kind
+from ..models import fingerprint, input_device
 from ..ops.reference import unrotate
-from ..persistence import fingerprint
 from ..rope import Rotary, read_rotary
-from ..simulation import input_device
 from ..text import windows_digest
 
 

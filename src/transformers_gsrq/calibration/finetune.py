@@ -30,11 +30,11 @@ from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..config import KINDS, Kind
 from ..files import write_tensors
+from ..models import fingerprint, input_device
 from ..ops import encode_vectors
 from ..ops.reference import decode_vectors, split_subspaces
-from ..persistence import fingerprint
 from ..rope import read_rotary
-from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, input_device, layer_device
+from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
 from ..text import token_windows, windows_digest
 from .capture import attached
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow

@@ -15,7 +15,8 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..config import KINDS
-from ..simulation import CodebookMethod, Method, SimulatedCache, codings, input_device
+from ..models import input_device
+from ..simulation import CodebookMethod, Method, SimulatedCache, codings
 from .perplexity import PLAIN, Perplexity, mean_error, summarize
 
 # Predictions compared at once, so that float32 logits of a large vocabulary stay small.

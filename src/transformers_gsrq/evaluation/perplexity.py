@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
-from ..simulation import input_device
+from ..models import input_device
 
 PLAIN = "plain"
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..codebooks import GSRQCodebooks
 from ..compat import computed_with
-from ..persistence import fingerprint
+from ..models import fingerprint
 from ..text import windows_digest
 from .measures import Settings
 from .perplexity import PLAIN, Perplexity

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import CACHE_ARGUMENT
-from ..simulation import Method, branch, coded_copy, codings, input_device
+from ..models import input_device
+from ..simulation import Method, branch, coded_copy, codings
 from ..text import windows_digest
 from .perplexity import PLAIN
 

@@ -14,7 +14,7 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT, is_full_attention, native_layers, quantized_backends, quantized_cache
 from ..memory import held_bytes
-from ..simulation import input_device
+from ..models import input_device
 
 QUANTIZED_BITS = (4, 2)
 
