@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from oracles import decode_oracle, encode_oracle
 from transformers_gsrq import GSRQCodebooks, attach
-from transformers_gsrq.attention import Step, SteppedCache
+from transformers_gsrq.steps import Step, SteppedCache
 
 
 class OracleLayer(DynamicLayer):
@@ -137,7 +137,7 @@ class OracleCache(SteppedCache):
         super().__init__(layers=layers)
         attach(model)
 
-    def receive(self, module: nn.Module, step: Step) -> None:
+    def stage_step(self, module: nn.Module, step: Step) -> None:
         layer = self.layers[module.layer_idx]
         if isinstance(layer, OracleLayer):
             layer.step = step

@@ -20,7 +20,7 @@ from test_cache_errors import PROMPT, assert_unchanged, contents
 from test_cache_states import CODEBOOKS, HEAD_DIM, HEADS, LAYERS, MODEL, MODULES
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, fused
-from transformers_gsrq.attention import Step
+from transformers_gsrq.steps import Step
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.ops import triton as kernels
 

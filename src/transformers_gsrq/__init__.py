@@ -7,12 +7,12 @@ from .compat import check_transformers
 
 check_transformers()
 
-from .attention import attach, detach  # noqa: E402
 from .cache import GSRQCache  # noqa: E402
 from .calibration import calibrate  # noqa: E402
 from .calibration.finetune import finetune  # noqa: E402
 from .codebooks import GSRQCodebooks  # noqa: E402
 from .config import GSRQConfig  # noqa: E402
+from .hooks import attach, detach  # noqa: E402
 from .memory import MemoryReport  # noqa: E402
 from .quantizer import ResidualQuantizer  # noqa: E402
 from .registration import register, unregister  # noqa: E402

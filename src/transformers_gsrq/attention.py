@@ -1,217 +1,203 @@
-"""The link between a model and a cache: what `Cache.update` is not told, handed over by hooks.
+"""Attention that reads codes: which modules can call it, and what it does when they do.
 
-`update` receives keys after rotation and nothing else. A pre-hook on each attention module hands the cache layer the
-positions, the cos/sin and the mask of the running forward pass, so nothing about them is ever guessed.
+Each attention module that can be given another attention function gets a view of its config that names ours; the
+model's own config stays as it is. Our function calls the original unless the hook of the module (`hooks`) passed it a
+cache layer: then it attends to codes, sinks and window by kernels, and adds the new states to the window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import compiled, fused
-from .models import attention_modules
+from .ops import triton as kernels
 
-# What attention modules call their cache argument.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+if TYPE_CHECKING:
+    from .layer import GSRQLayer
 
-# The attention modules of a decoder by layer.
-_attached: WeakKeyDictionary[nn.Module, dict[int, nn.Module]] = WeakKeyDictionary()
+logger = logging.getLogger(__name__)
+
+MAX_QUERIES = kernels.MAX_QUERIES
+PREFIX = "gsrq_"
+# Implementations whose decoding we can replace; their masks are None or boolean.
+ROUTED = ("sdpa",)
+# How the hook of an attention module names the cache layer that its attention function is to read.
+LAYER_ARGUMENT = "gsrq_layer"
 
 
-@dataclass(frozen=True)
-class Step:
-    """What the model tells one attention layer in one forward pass.
+class _RoutedConfig:
+    """A view of a config, for one attention module: the same values, but for the name of our attention function.
 
-    Attributes:
-        position_ids: `[B or 1, T]`, None if the model passes none.
-        position_embeddings: cos and sin `[B or 1, T, 2P]`, None without rotary embedding.
-        attention_mask: Whatever the attention implementation takes: None, a tensor, or a flex-attention block mask.
-        module: The attention module.
+    It shares the attributes of the original, so that what a user changes there holds here too. A copy of it, or of the
+    module, has the original: routing belongs to the module that was attached.
     """
 
-    position_ids: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    attention_mask: Any
-    module: nn.Module | None = None
+    __slots__ = ("gsrq_original",)
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: transformers would make it a kind of config of its own."""
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        name = self.gsrq_original._attn_implementation
+        return PREFIX + name if name in ROUTED else name
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | None) -> None:
+        self.gsrq_original._attn_implementation = value
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _itself, (self.gsrq_original,)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self.gsrq_original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.gsrq_original, memo)
 
 
-class SteppedCache(Cache):
-    """A cache whose layers are told about the running forward pass by `attach`ed models."""
-
-    def receive(self, module: nn.Module, step: Step) -> None:
-        """Take the step of one attention module, just before its forward runs."""
-        raise NotImplementedError
-
-    def begin(self) -> None:
-        """Take note that a forward pass begins; the one before may have ended without a word, as it does on Ctrl-C."""
-
-    def commit(self) -> None:
-        """Take note that the forward pass is complete."""
-
-    def roll_back(self) -> None:
-        """Forget what an interrupted forward pass left behind."""
-        raise NotImplementedError
+def _itself(config: Any) -> Any:
+    return config
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Install hooks that tell a `GSRQCache` the positions, the rotation and the mask of each forward pass.
+@cache
+def _routed_class(config_class: type) -> type:
+    return type(config_class)(config_class.__name__, (_RoutedConfig, config_class), {"__slots__": ()})
 
-    `GSRQCache(codebooks, model)` attaches its model itself. Call this after `detach`, to go on with a cache that was
-    made before. A copy of the model needs a cache of its own, which attaches it. Attaching again changes nothing, and
-    caches of other kinds pass through untouched, so an attached model behaves as before with them.
 
-    Args:
-        model: The model of the cache; changed in place.
+def _routed(config: Any) -> Any:
+    view = object.__new__(_routed_class(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    view.gsrq_original = config
+    return view
 
-    Raises:
-        ValueError: if no attention modules are recognised.
-    """
-    modules = attention_modules(model)
+
+def route(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
+    """Let attention modules call our attention function, where transformers says that they can be given another."""
+    if not model._can_set_attn_implementation():
+        return
     for module in modules.values():
-        if _hand_over not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_hand_over, with_kwargs=True)
-    decoder = model.get_decoder()
-    _attached[decoder] = modules
-    if _begin not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_begin, with_kwargs=True)
-    if _clean_up not in decoder._forward_hooks.values():
-        decoder.register_forward_hook(_clean_up, with_kwargs=True, always_call=True)
+        if not is_routed(module) and why_not_routed(module) is None:
+            module.config = _routed(module.config)
 
 
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether a model has the hooks that `attach` installs."""
-    return _begin in model.get_decoder()._forward_pre_hooks.values()
+def unroute(modules: Mapping[int, nn.Module]) -> None:
+    """Give attention modules their own configs back."""
+    for module in modules.values():
+        if is_routed(module):
+            module.config = module.config.gsrq_original
 
 
-def detach(model: PreTrainedModel) -> None:
-    """Remove every hook that `attach` installed, and give the model its own attention back.
-
-    A `GSRQCache` of the model then takes no tokens: `attach` it again, or make a new cache.
-
-    Args:
-        model: The model; changed in place.
-
-    Raises:
-        ValueError: if no attention modules are recognised.
-    """
-    fused.unroute(model)
-    modules = [*attention_modules(model).values(), model.get_decoder()]
-    for module in modules:
-        for hooks, with_kwargs in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if hook in (_begin, _hand_over, _clean_up)]:
-                del hooks[key]
-                with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+def is_routed(module: nn.Module) -> bool:
+    """Whether an attention module has a config of ours."""
+    return isinstance(getattr(module, "config", None), _RoutedConfig)
 
 
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = _find_cache(args, kwargs)
-    if cache is not None:
-        _prepare(module, cache)
-
-
-def _find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SteppedCache | None:
-    """The cache among the arguments of a decoder, whatever its name or place."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, SteppedCache)), None)
-
-
-@torch.compiler.disable
-def _prepare(decoder: nn.Module, cache: SteppedCache) -> None:
-    cache.begin()
-    if decoder not in _attached:
-        # A copy of an attached model has its hooks.
-        hooked = (part for part in decoder.modules() if _hand_over in part._forward_pre_hooks.values())
-        _attached[decoder] = {int(part.layer_idx): part for part in hooked}  # type: ignore[arg-type]
-    compiled.begin(cache, _attached[decoder])
-    fused.begin(decoder, cache)
-
-
-def _hand_over(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    name = next((name for name in CACHE_ARGUMENTS if isinstance(kwargs.get(name), SteppedCache)), "")
-    cache = kwargs.get(name)
-    position_ids, embeddings = kwargs.get("position_ids"), kwargs.get("position_embeddings")
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        if not isinstance(cache, SteppedCache):
-            return None
-        if fused.is_routed(module):
-            compiled.leave(module, position_ids, embeddings)
-            return args, {**kwargs, name: compiled.PassThrough(cache)}
-    tell(module, cache, Step(position_ids, embeddings, kwargs.get("attention_mask"), module))
+def why_not_routed(module: nn.Module) -> str | None:
+    """Why an attention module cannot be given our attention function, whatever the model; None if it can."""
+    if any(getattr(module, name, False) for name in ("store_full_length_kv", "is_kv_shared_layer")):
+        return "later layers attend to the states of this one, and need all of them"
+    if getattr(module, "sinks", None) is not None:
+        return "the model adds learned sinks to its attention weights"
+    parameters = inspect.signature(module.forward).parameters.values()
+    if not hasattr(module, "config") or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return f"{type(module).__name__} does not pass further arguments on to its attention function"
     return None
 
 
-@torch.compiler.disable
-def tell(module: nn.Module, cache: Any, step: Step) -> None:
-    """Tell the cache of one attention module, if it is one of ours, about its step."""
-    # A forward pass that was interrupted may have left a note for this module, which may now run with another cache.
-    fused.forget(module)
-    if isinstance(cache, SteppedCache):
-        cache.receive(module, step)
-
-
-def _clean_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = _find_cache(args, kwargs)
-    if cache is not None:
-        # An always-called hook sees no output exactly when the forward raised.
-        _finish(module, cache, output is not None)
-
-
-@torch.compiler.disable
-def _finish(decoder: nn.Module, cache: SteppedCache, succeeded: bool) -> None:
-    fused.forget_masks(cache)
-    if succeeded:
-        fused.check_read(decoder)
-        compiled.check_taken(_attached[decoder])
-        cache.commit()
-    else:
-        cache.roll_back()
-
-
-def first_real_tokens(mask: Any, batch: int, before: int, num_tokens: int, device: torch.device) -> torch.Tensor:
-    """Index of each row's first real token among the new ones: the first whose own query sees it.
-
-    The last query will not do: under a mask of one's own it may see little of what came before.
+def why_not_kernels(layer: GSRQLayer, module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why attention of a layer cannot read codes by kernels, whatever the forward pass; None if it can.
 
     Args:
-        mask: As in `Step`: None, `[B, T]` (1 = real), `[B, 1, Q, T]` boolean (True = visible) or additive, or a
-            flex-attention block mask.
-        batch: Rows B.
-        before: Tokens before the new ones.
-        num_tokens: New tokens Q.
-        device: Where the result lives.
-
-    Returns:
-        int64 `[B]`; before + Q for a row whose new tokens are all padding.
-
-    Raises:
-        TypeError: for a mask of another type.
+        layer: The cache layer.
+        module: Its attention module.
+        device: Where the layer computes.
+        dtype: Dtype of its states.
     """
-    if mask is None:
-        return torch.full((batch,), before, dtype=torch.long, device=device)
-    new = torch.arange(num_tokens, device=device)
-    if hasattr(mask, "mask_mod"):
-        rows = torch.arange(batch, device=device)[:, None]
-        real = mask.mask_mod(rows, torch.zeros_like(rows), new[None], before + new[None])
-    elif isinstance(mask, torch.Tensor):
-        own = mask[..., before : before + num_tokens]
-        if mask.dim() == 4:
-            own = own[:, 0].expand(-1, num_tokens, -1).diagonal(dim1=-2, dim2=-1)
-        additive = mask.dim() == 4 and mask.is_floating_point()
-        real = (own > torch.finfo(own.dtype).min / 2 if additive else own != 0).to(device)
+    if layer.options.backend == "torch":
+        return "backend='torch' was asked for"
+    config, rotary = layer.codebooks.config, layer.rotary
+    reason = kernels.unsupported_decode_reason(
+        device,
+        dtype,
+        num_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        key_subspace_dim=config.subspace_dim("key"),
+        value_subspace_dim=config.subspace_dim("value"),
+        rotary_dim=0 if rotary is None else 2 * rotary.inv_freq.numel(),
+        num_centroids=config.num_centroids,
+    )
+    if reason or (reason := why_not_routed(module)):
+        return reason
+    implementation = getattr(module.config, "_attn_implementation", None)
+    if implementation in ROUTED:
+        return "transformers does not let this model's attention implementation be replaced"
+    if not str(implementation).startswith(PREFIX):
+        return f"the model's attention implementation is {implementation!r}, and only {ROUTED} can be replaced"
+    return None
+
+
+def why_not_this_pass(decoder: nn.Module, module: nn.Module, mask: Any) -> str | None:
+    """Why a forward pass cannot read codes by kernels though its layers could; None if it can.
+
+    Args:
+        decoder: The decoder.
+        module: An attention module of it.
+        mask: What its attention is given as a mask.
+    """
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4):
+        return "the attention mask is not a boolean [B, heads, Q, T] tensor"
+    if module.training and getattr(module, "attention_dropout", None):
+        return "the model drops attention weights in training mode"
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters()):
+        return "gradients are needed"
+    return None
+
+
+@cache
+def log_path(reason: str | None) -> None:
+    """Say once which way decoding goes."""
+    if reason is not None:
+        logger.info(f"Decoding in torch: {reason}.")
+    elif (slower := kernels.gluon_reason(1)) is not None:
+        logger.info(f"Decoding attends to the codes by portable kernels, slower on long contexts: {slower}.")
     else:
-        raise TypeError(
-            f"The attention mask is a {type(mask).__name__}; expected None, a tensor or a flex-attention block mask."
-        )
-    real = real.expand(batch, num_tokens)
-    return torch.where(real.any(-1), before + real.int().argmax(-1), before + num_tokens)
+        logger.info("Decoding attends to the codes by Triton kernels.")
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    gsrq_layer: GSRQLayer | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a routed module calls instead of its original attention; arguments and results are transformers'.
+
+    With `gsrq_layer` keys and values are the new states alone, `[B, H, Q, D]`.
+    """
+    if gsrq_layer is None:
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return gsrq_layer.attend(query, key, value, attention_mask, scaling, softcap), None
+
+
+for _name in ROUTED:
+    AttentionInterface.register(PREFIX + _name, _attend)
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import CommitInfo
@@ -24,6 +25,7 @@ from .config import FORMAT_VERSION, KINDS, GSRQConfig, Kind
 from .files import write_tensors
 from .hub import CONFIG_NAME, TENSORS_NAME
 from .provenance import add_evaluation, add_step, first_stages
+from .quantizer import ResidualQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,10 @@ class GSRQCodebooks:
                 raise ValueError(f"{name} holds NaN or infinity after rounding to float16; calibrate again.")
             self._tensors[name] = tensor
         self._digest: str | None = None
-        self._centroids: dict[tuple[int, Kind, torch.device, torch.dtype], torch.Tensor] = {}
+        self._in_use: WeakValueDictionary[tuple[int, Kind, torch.device, torch.dtype], ResidualQuantizer] = (
+            WeakValueDictionary()
+        )
+        self._latest: dict[tuple[int, Kind], ResidualQuantizer] = {}
 
     def __repr__(self) -> str:
         return (
@@ -108,15 +113,27 @@ class GSRQCodebooks:
         """Unit shapes `[M, R, K, S]`, float16."""
         return self._tensors[tensor_name(layer, kind, "shapes")]
 
-    def centroids(self, layer: int, kind: Kind, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Centroids gain * shape, `[M, R, K, S]` in `dtype` on `device`; made once and shared by every cache."""
+    def quantizer(self, layer: int, kind: Kind, device: torch.device, dtype: torch.dtype) -> ResidualQuantizer:
+        """The codebook of a layer and kind as a device computes with it; every cache there shares one.
+
+        The latest of each layer and kind is kept, others live as long as a cache uses them: what a model that moved
+        left behind is freed with its caches.
+        """
         key = (layer, kind, torch.device(device), dtype)
-        if key not in self._centroids:
+        found = self._in_use.get(key)
+        if found is None:
             # Made under inference_mode they could not be used with gradients later.
             with torch.inference_mode(False), torch.no_grad():
                 gains = self.gains(layer, kind).to(device).float()
-                self._centroids[key] = (gains[..., None] * self.shapes(layer, kind).to(device).float()).to(dtype)
-        return self._centroids[key]
+                centroids = (gains[..., None] * self.shapes(layer, kind).to(device).float()).to(dtype)
+            found = ResidualQuantizer(centroids, self.config.num_kv_heads, label=f"layer {layer} {kind}")
+            self._in_use[key] = found
+        self._latest[layer, kind] = found
+        return found
+
+    def centroids(self, layer: int, kind: Kind, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Centroids gain * shape, `[M, R, K, S]` in `dtype` on `device`: those of `quantizer`."""
+        return self.quantizer(layer, kind, device, dtype).centroids
 
     def with_stages(self, key_stages: int, value_stages: int) -> GSRQCodebooks:
         """Codebooks of a lower rate: the first stages of these.

@@ -7,30 +7,30 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from . import fused
-from .attention import Step
-from .buffers import CodeBuffer, own
 from .codebooks import GSRQCodebooks
 from .config import KINDS, Kind
 from .options import CacheOptions
 from .quantizer import ResidualQuantizer
 from .rope import Rotary
-from .tokens import TokenTable
-
+from .state import ForwardPass, LayerState, TokenState
 
 class GSRQLayer(CacheLayerMixin):
     """Cache layer that stores tokens between the sinks and the window as residual codes.
 
     Token t of row b is a sink if it is among the first `sink_length` real tokens of that row, else it is exact while
     it is in the window, else a code. Codes exist for tokens `sink_length` to `num_stored`: earlier tokens are sinks or
-    padding in every row.
+    padding in every row. Lengths, crops and rows are the cache's, which all its layers share.
 
     Args:
         codebooks: The codebooks.
         index: Index of the decoder layer.
         rotary: Rotary embedding to take off keys; None to store keys as they come.
-        table: Positions and padding, shared by all layers of the cache.
+        tokens: What is known of the tokens, shared by all layers of the cache.
         options: Run-time choices.
+
+    Attributes:
+        can_read_codes: Whether attention of this layer can be computed by kernels; see `attention.route`.
+        attended: Whether our attention function came by in the running pass.
     """
 
     is_compileable = False
@@ -38,50 +38,59 @@ class GSRQLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, codebooks: GSRQCodebooks, index: int, rotary: Rotary | None, table: TokenTable, options: CacheOptions
+        self, codebooks: GSRQCodebooks, index: int, rotary: Rotary | None, tokens: TokenState, options: CacheOptions
     ) -> None:
-        super().__init__()
         self.codebooks = codebooks
         self.index = index
         self.rotary = rotary
-        self.table = table
+        self.tokens = tokens
         self.options = options
         self.record_past = False
-        self.num_stored = 0
-        self.ran = "torch"
-        self._step: Step | None = None
-        self._active_rotary = rotary
+        self.can_read_codes = False
+        self.attended = False
+        self.reset()
 
-    # What transformers asks about lengths
+    # What transformers asks
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Exact keys of the window, `[B, H, T, D]`; None before the first token."""
+        return self._window("key")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Exact values of the window, `[B, H, T, D]`; None before the first token."""
+        return self._window("value")
+
+    def _window(self, kind: Kind) -> torch.Tensor | None:
+        tokens = self.tokens
+        return self.state.read(kind, tokens.num_stored, tokens.length) if self.is_initialized else None
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens that have left the window, padding included."""
+        return self.tokens.num_stored if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
-        """Tokens cached, padding included."""
-        return self.num_stored + self.keys.shape[-2] if self.is_initialized else 0
+        """Tokens cached by complete forward passes, padding included."""
+        return self.tokens.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return."""
-        return self.get_seq_length() + query_length, 0
+        return self.tokens.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1, by which transformers means that the layer holds any number of tokens."""
         return -1
 
     # The name that transformers before 5.18 uses for it.
     get_max_cache_shape = get_max_length
 
     def activate_past_recording(self) -> None:
-        """Expect `crop` after each forward: compress only what was there before the call (see `update`)."""
+        """Expect `crop` after each forward: compress only what was there before the call."""
         self.record_past = True
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: not the step that an interrupted forward pass left, which holds the attention module."""
-        return {**self.__dict__, "_step": None}
-
     # Writing
-
-    def receive(self, step: Step) -> None:
-        """Take what the model says about the forward pass that calls `update` next."""
-        self._step = step
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for states like these, `[B, H, T, D]`.
@@ -100,162 +109,183 @@ class GSRQLayer(CacheLayerMixin):
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
         # Under autocast keys, which were rotated in float32, and values differ in dtype.
-        self.quantizers = {
-            kind: ResidualQuantizer(
-                self.codebooks.centroids(self.index, kind, self.device, given[kind].dtype),
-                config.num_kv_heads,
-                self.options.backend,
-                f"layer {self.index} {kind}",
-            )
-            for kind in KINDS
+        self.quantizers: dict[Kind, ResidualQuantizer] = {
+            kind: self.codebooks.quantizer(self.index, kind, self.device, given[kind].dtype) for kind in KINDS
         }
-        shape = key_states.shape[0], config.num_kv_heads, self.options.sink_length, config.head_dim
-        self.buffers = {kind: CodeBuffer(shape[0], q.code_shape, self.device) for kind, q in self.quantizers.items()}
-        self.keys = key_states[:, :, :0].clone()
-        self.values = value_states[:, :, :0].clone()
-        self.sinks = {kind: states.new_zeros(shape) for kind, states in given.items()}
+        self.state = LayerState(
+            {kind: quantizer.code_shape for kind, quantizer in self.quantizers.items()},
+            {kind: states.dtype for kind, states in given.items()},
+            key_states.shape[0],
+            config.num_kv_heads,
+            config.head_dim,
+            self.options.sink_length,
+            self.device,
+        )
+        self.state.resize_ring(self.tokens.ring, 0, 0)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new states and return all of them, the compressed ones decoded.
-
-        What is due is compressed before the new states are appended, so that a draft that is rejected later never
-        causes a compression. Only a prefill is compressed at once, unless the caller announced that it will crop. A
-        prefill is a call with several tokens: the first, a long one, and with `quantize_prefill` any.
+        """Add new states; the lengths count them when the forward pass is complete.
 
         Args:
             key_states: `[B, H, T, D]`, after rotary embedding.
             value_states: `[B, H, T, D]`.
 
         Returns:
-            Keys and values of all cached tokens, `[B, H, total, D]`; only the new states where the attention that
-            follows reads the rest from the codes (`fused`).
-
-        Raises:
-            RuntimeError: if the model handed over no step: it is not attached, or was detached.
-            ValueError: if the batch is not the cached one, or a state that leaves the window is NaN or infinite.
+            Keys and values of all tokens, the compressed ones decoded, `[B, H, total, D]`. Only the new states, and
+            nothing is added yet, where our attention function does both: it reads the codes.
         """
-        step, self._step, self.ran = self._step, None, "torch"
-        if step is None:
+        if self.tokens.reads_codes and self.can_read_codes:
+            return key_states, value_states
+        return self._add(key_states, value_states)
+
+    # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
+    @torch.compiler.disable
+    def _add(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        running = self.tokens.running
+        if running is None or self.index in running.updated:
             raise RuntimeError(
-                f"Layer {self.index} of this cache was updated without being told the positions: the model was "
-                "detached, or never attached. Call transformers_gsrq.attach(model), or make a new GSRQCache with "
-                "model=model."
+                f"Layer {self.index} of this cache was given states outside of a forward pass, or twice in one: call "
+                "the model, or model.get_decoder(), not its layers."
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_batch(key_states.shape[0])
-        self.prefetch()
-        before, new = self.get_seq_length(), key_states.shape[-2]
-        self.table.extend(before, key_states.shape[0], new, step, self.device)
-        self._check_rotary(before, new, step)
-        keep, full = self.options.residual_length, self.options.residual_length + self.options.chunk_length
-        if self.keys.shape[-2] >= full:
-            self._compress(self.keys, self.values, self.keys.shape[-2] - keep)
-        window = self.keys.shape[-2]
-        keys = torch.cat([self.keys, key_states], -2) if window else key_states
-        values = torch.cat([self.values, value_states], -2) if window else value_states
-        prefill = new > 1 and (before == 0 or new >= full or self.options.quantize_prefill)
-        due = window + new - keep if prefill and not self.record_past else 0
-        if due <= 0 and self._reads_codes(step, key_states):
-            self.keys, self.values = own(keys), own(values)
-            return key_states, value_states
-        if due > 0 and self.options.quantize_prefill:
-            self._compress(keys, values, due)
-            return self._all_states(self.keys, self.values)
-        states = self._all_states(keys, values)
-        if due > 0:
-            self._compress(keys, values, due)
-        else:
-            self.keys, self.values = own(keys), own(values)
-        return states
+        running.updated.add(self.index)
+        new: dict[Kind, torch.Tensor] = {"key": key_states, "value": value_states}
+        state, leaving = self.state, running.leaving
+        for kind, states in new.items():
+            if states.dtype != state.exact[kind].dtype and state.promote(kind, states.dtype):
+                self.tokens.epoch += 1
+        if leaving == 0:
+            for kind, states in new.items():
+                state.write(kind, states.detach(), running.before)
+            return self._decode("key", running, new["key"]), self._decode("value", running, new["value"])
+        if not self.options.quantize_prefill:
+            out = self._decode("key", running, new["key"]), self._decode("value", running, new["value"])
+        leave = {
+            kind: self._joined(kind, running.stored, running.before, states)[:, :, :leaving]
+            for kind, states in new.items()
+        }
+        self.compress(leave, running.stored, running)
+        count = min(running.num_new, running.after - running.stored_after)
+        for kind, states in new.items():
+            running.new_window[self.index, kind] = states[:, :, states.shape[2] - count :].detach().clone()
+        if self.options.quantize_prefill:
+            out = self._reread("key", running, new["key"]), self._reread("value", running, new["value"])
+        return out
 
-    def _reads_codes(self, step: Step, key_states: torch.Tensor) -> bool:
-        """Whether the attention that follows reads the codes by kernels, so that nothing need be decoded."""
-        if self.buffers["key"].length == 0 or key_states.shape[-2] > fused.MAX_QUERIES:
-            return False
-        kernels = fused.choose(self, step, key_states)
-        if kernels:
-            self.ran = "triton"
-            if step.module is not None:
-                fused.expect(step.module, self)
-        return kernels
+    def workspace_bytes(self, num_query_heads: int, num_queries: int, device: torch.device) -> int:
+        """Memory that the kernels of a step work in.
 
-    def _check_batch(self, rows: int) -> None:
-        if rows != self.keys.shape[0]:
-            raise ValueError(
-                f"This cache holds {self.keys.shape[0]} rows, but the model was given {rows}. Change the cache first: "
-                "batch_repeat_interleave(n) for n continuations of each row, batch_select_indices(rows) to keep some."
-            )
+        Args:
+            num_query_heads: Hq.
+            num_queries: Tokens Q that a step brings at most.
+            device: Where it runs.
+        """
+        from .ops.triton.decode_attention import decode_workspace_bytes
 
-    def _check_rotary(self, before: int, new: int, step: Step) -> None:
-        if self.rotary is None:
-            return
-        if before == 0:
-            self._active_rotary = self.rotary.for_length(new)
-        rotary = self._active_rotary or self.rotary
-        if rotary.max_tokens is not None and before + new > rotary.max_tokens:
-            raise ValueError(
-                f"The context reaches {before + new} tokens, but this model rotates keys by other frequencies beyond "
-                f"{rotary.max_tokens} (longrope), so {before} cached keys no longer fit. Start again with the whole "
-                "text as one prompt."
-            )
-        # Comparing costs a synchronization, so it is done where a prompt comes in, not at every token.
-        if new > 1 and step.position_embeddings is not None and self.table.positions is not None:
-            rotary.check(self.table.positions[:, before : before + new].to(self.device), step.position_embeddings)
+        value = self.quantizers["value"]
+        return decode_workspace_bytes(
+            batch=self.state.batch,
+            num_heads=value.num_heads,
+            num_query_heads=num_query_heads,
+            num_queries=num_queries,
+            head_dim=value.head_dim,
+            value_stages=value.centroids.shape[1],
+            value_subspace_dim=value.centroids.shape[-1],
+            capacity=self.state.capacity,
+            device=device,
+        )
 
-    def _compress(self, keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
-        """Store the first `count` of these exact states and keep the rest as the window."""
-        first, last = self.num_stored, self.num_stored + count
-        coded = max(first, self.options.sink_length)
-        states = {"key": keys[:, :, :count], "value": values[:, :, :count]}
+    def prepare_kernels(self, counts: torch.Tensor, workspace: torch.Tensor) -> None:
+        """Have at hand what `attend` reads; what is written in place stays right until a tensor moves."""
+        from .ops.triton.decode_attention import decode_attention
+
+        self.kernel = decode_attention
+        codes, exact = self.state.codes, self.state.exact
+        tables = self.quantizers["key"].key_tables(self.active_rotary)
+        self.kernel_inputs = (
+            codes["key"], codes["value"], tables, self.quantizers["value"].centroids,
+            exact["key"], exact["value"], counts, workspace,
+        )  # fmt: skip
+
+    def kernel_tensors(self) -> list[torch.Tensor]:
+        """The tensors that `prepare_kernels` has at hand."""
+        keys = self.kernel_inputs[2]
+        others = [part for part in self.kernel_inputs if isinstance(part, torch.Tensor)]
+        return [*others, keys.tables, keys.subspaces, keys.frequencies, keys.amplitudes]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention of a few new tokens to everything the layer holds; their states go to the window.
+
+        Args:
+            query: `[B, Hq, Q, D]`, rotated.
+            key: New keys `[B, H, Q, D]`, rotated.
+            value: New values `[B, H, Q, D]`.
+            mask: Boolean `[B or 1, 1 or Hq, Q, total or more]` in the order of tokens, or None.
+            scaling: Factor of the scores.
+            softcap: Soft cap of the scores.
+
+        Returns:
+            `[B, Q, Hq, D]`.
+        """
+        if not torch.compiler.is_compiling():
+            self.attended = True
+        return self.kernel(
+            query, key, value, *self.kernel_inputs,
+            sink_length=self.options.sink_length, mask=mask, scaling=scaling, softcap=softcap,
+        )  # fmt: skip
+
+    def compress(self, states: dict[Kind, torch.Tensor], first: int, running: ForwardPass) -> None:
+        """Code the exact states of tokens that leave the window; the lengths are the cache's business.
+
+        Args:
+            states: For each kind `[B, H, T, D]`, tokens from `first` on.
+            first: Their first token.
+            running: Told whether they are finite.
+        """
+        tokens, last = self.tokens, first + states["key"].shape[2]
+        coded = max(first, tokens.sink_length)
         if coded < last:
-            for kind, buffer in self.buffers.items():
-                room = buffer.reserve(last - coded, self._expected_codes())
-                cos_sin = self._rotation(coded, last, self.dtype) if kind == "key" else None
-                self.quantizers[kind].encode(
-                    states[kind][:, :, coded - first :], cos_sin, self.options.beam_width, out=room
+            self.state.reserve(running.room, tokens.codes_of(first))
+            for kind in KINDS:
+                part = states[kind].detach()[:, :, coded - first :]
+                running.finite[f"layer {self.index} {kind}"] = part.isfinite().all()
+                self.quantizers[kind].encode_into(
+                    self.state.codes[kind][..., tokens.codes_of(coded) : tokens.codes_of(last)],
+                    part,
+                    self._rotation(coded, last, self.dtype) if kind == "key" else None,
+                    self.options.beam_width,
+                    self.options.backend,
                 )
-        sinks = {kind: self._with_sinks(kind, states[kind], first, last) for kind in KINDS}
-        # Nothing above changed what is cached; from here on nothing can fail.
-        window = {"key": keys[:, :, count:].clone(), "value": values[:, :, count:].clone()}
-        self.keys, self.values, self.sinks = window["key"], window["value"], sinks
-        self._set_stored(last)
+        for kind in KINDS:
+            self.state.write_sinks(kind, states[kind].detach(), first, tokens.sink_tokens(self.device))
 
-    def _set_stored(self, num_stored: int) -> None:
-        self.num_stored = num_stored
-        for buffer in self.buffers.values():
-            buffer.length = max(0, num_stored - self.options.sink_length)
-
-    def _expected_codes(self) -> int:
-        return (self.options.max_length or 0) - self.options.sink_length - self.options.residual_length
+    def finish(self, running: ForwardPass) -> None:
+        """Write what a complete pass leaves in the window."""
+        for kind in KINDS:
+            window = running.new_window.get((self.index, kind))
+            if window is not None:
+                self.state.write(kind, window, running.after - window.shape[2])
 
     @property
     def active_rotary(self) -> Rotary | None:
         """The rotary embedding that the cached keys were given."""
-        return self._active_rotary or self.rotary
+        return self.rotary.longer if self.rotary is not None and self.tokens.long_text else self.rotary
 
     def _rotation(self, first: int, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.rotary is None:
-            return None
-        return self.table.cos_sin(self._active_rotary or self.rotary, first, last, dtype, self.device)
-
-    def _with_sinks(self, kind: Kind, states: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """The sinks once tokens `first` to `last`, whose exact `states` these are, have left the window."""
-        sinks = self.sinks[kind]
-        if sinks.shape[2] == 0:
-            return sinks
-        token = self._sink_tokens()
-        source = (token - first).clamp(0, last - first - 1)[:, None, :, None].expand_as(sinks)
-        leaving = ((token >= first) & (token < last))[:, None, :, None]
-        return torch.where(leaving, states.gather(2, source), sinks)
-
-    def _sink_tokens(self) -> torch.Tensor:
-        """Token index of each sink, int64 `[B, sink_length]`."""
-        starts = torch.as_tensor(self.table.starts, device=self.device)
-        return starts[:, None] + torch.arange(self.options.sink_length, device=self.device)
+        rotary = self.active_rotary
+        return None if rotary is None else self.tokens.cos_sin(rotary, first, last, dtype, self.device)
 
     # Reading
 
@@ -267,122 +297,102 @@ class GSRQLayer(CacheLayerMixin):
         Raises:
             RuntimeError: if nothing is cached yet.
         """
-        if not self.is_initialized:
+        if not self.is_initialized or self.tokens.length == 0:
             raise RuntimeError(f"Layer {self.index} of this cache is empty: it has no states yet.")
         self.prefetch()
-        states = self._all_states(self.keys, self.values)
-        self.table.forget_tables()
-        return states
+        tokens = self.tokens
+        window: dict[Kind, torch.Tensor] = {
+            kind: self.state.read(kind, tokens.num_stored, tokens.length) for kind in KINDS
+        }
+        states = tuple(self._all(kind, tokens.num_stored, window[kind]) for kind in KINDS)
+        tokens.forget_tables()
+        return states[0], states[1]
 
-    def _all_states(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of all tokens: the stored ones, then these exact ones."""
-        if self.num_stored == 0:
-            return keys, values
-        return self._join("key", keys), self._join("value", values)
+    def _joined(self, kind: Kind, first: int, last: int, new: torch.Tensor) -> torch.Tensor:
+        """Exact states of tokens `first` to `last` from the ring, then these new ones."""
+        if first == last:
+            return new
+        return torch.cat([self.state.read(kind, first, last).to(new.dtype), new], 2)
 
-    def _join(self, kind: Kind, window: torch.Tensor) -> torch.Tensor:
+    def _decode(self, kind: Kind, running: ForwardPass, new: torch.Tensor) -> torch.Tensor:
+        """States of all tokens of a running pass, those that leave it still exact."""
+        held = self.state.exact[kind]
+        new = new.to(held.dtype)
+        return self._all(kind, running.stored, self._joined(kind, running.stored, running.before, new))
+
+    def _reread(self, kind: Kind, running: ForwardPass, new: torch.Tensor) -> torch.Tensor:
+        """States of all tokens of a running pass as the cache will hold them."""
+        window = self._joined(kind, running.stored, running.before, new)[:, :, running.leaving :]
+        return self._all(kind, running.stored_after, window)
+
+    def _all(self, kind: Kind, num_stored: int, window: torch.Tensor) -> torch.Tensor:
+        """States of `num_stored` stored tokens, decoded, and these exact ones after them."""
+        if num_stored == 0:
+            return window
+        tokens = self.tokens
         batch, num_heads, length, head_dim = window.shape
-        out = window.new_empty(batch, num_heads, self.num_stored + length, head_dim)
-        out[:, :, self.num_stored :] = window
-        skip = min(self.options.sink_length, self.num_stored)
-        if self.num_stored > skip:
+        out = window.new_empty(batch, num_heads, num_stored + length, head_dim)
+        out[:, :, num_stored:] = window
+        skip = min(tokens.sink_length, num_stored)
+        if num_stored > skip:
             # Unrounded tables: the decoded key is an approximation that owes nothing to the model's rounding.
-            cos_sin = self._rotation(skip, self.num_stored, torch.float32) if kind == "key" else None
-            self.quantizers[kind].decode(self.buffers[kind].codes, cos_sin, out=out[:, :, skip : self.num_stored])
+            cos_sin = self._rotation(skip, num_stored, torch.float32) if kind == "key" else None
+            codes = self.state.codes[kind][..., : tokens.codes_of(num_stored)]
+            self.quantizers[kind].decode(codes, cos_sin, out=out[:, :, skip:num_stored])
         if skip:
             out[:, :, :skip] = 0
-            sinks = self.sinks[kind][:, :, :skip].to(out.dtype)
-            if self.table.padded:
-                token = self._sink_tokens()[:, :skip]
+            sinks = self.state.sinks(kind)[:, :, :skip].to(out.dtype)
+            if tokens.padded:
+                token = tokens.sink_tokens(self.device)[:, :skip]
                 # A sink still in the window goes to token 0, which is padding wherever that happens.
-                token = torch.where(token < self.num_stored, token, 0)
+                token = torch.where(token < num_stored, token, 0)
                 out.scatter_(2, token[:, None, :, None].expand_as(sinks), sinks)
             else:
                 out[:, :, :skip] = sinks
         return out
 
-    # Operations on the batch and on the length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; those already compressed stay compressed.
-
-        Args:
-            tokens_to_remove: Zero or negative, as transformers passes it; -n removes n tokens.
-
-        Raises:
-            ValueError: if positive, or more tokens than there are.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes zero or a negative number of tokens to remove, got {tokens_to_remove}.")
-        length = self.get_seq_length() + tokens_to_remove
-        if length < 0:
-            raise ValueError(f"Cannot remove {-tokens_to_remove} of {self.get_seq_length()} cached tokens.")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        if length == 0:
-            self.reset()
-            return
-        self._set_stored(min(self.num_stored, length))
-        self.keys = self.keys[:, :, : length - self.num_stored]
-        self.values = self.values[:, :, : length - self.num_stored]
-
-    # Saving
+    # Saving and moving
 
     @property
     def uses_long_rotary(self) -> bool:
         """Whether the prompt was so long that the model rotates by its other frequencies (longrope)."""
-        return self._active_rotary is not self.rotary
+        return self.rotary is not None and self.tokens.long_text
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything held, by name: what `fill` takes."""
-        out = {"keys": self.keys, "values": self.values}
+        """Everything that is in use, by name: what `fill` takes."""
+        tokens = self.tokens
+        out = {
+            f"{kind}s": self.state.read(kind, tokens.num_stored, tokens.length) for kind in KINDS
+        }
         for kind in KINDS:
-            out[f"{kind}_sinks"], out[f"{kind}_codes"] = self.sinks[kind], self.buffers[kind].codes
+            out[f"{kind}_sinks"] = self.state.sinks(kind)
+            out[f"{kind}_codes"] = self.state.codes[kind][..., : tokens.codes_of(tokens.num_stored)]
         return out
 
     def fill(self, tensors: dict[str, torch.Tensor], num_stored: int, *, long_rotary: bool) -> None:
-        """Hold these tensors: codes from anywhere, the others on the device where the layer computes.
-
-        Raises:
-            ValueError: if their shapes do not fit the codebooks or one another.
-        """
+        """Hold these tensors, whose shapes fit: codes from anywhere, the others on the layer's device."""
         self.lazy_initialization(tensors["keys"], tensors["values"])
-        self.keys, self.values = tensors["keys"], tensors["values"]
-        self.sinks = {kind: tensors[f"{kind}_sinks"] for kind in KINDS}
-        for kind, buffer in self.buffers.items():
-            buffer.fill(tensors[f"{kind}_codes"])
-        self.num_stored = num_stored
-        if long_rotary and self.rotary is not None:
-            self._active_rotary = self.rotary.longer
-
-    def snapshot(self) -> dict[str, Any]:
-        """What `restore` needs to undo an update: references, since an update changes nothing in place."""
-        return dict(self.__dict__)
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Be as at the time of `snapshot`; only for undoing what came since."""
-        self.__dict__.clear()
-        self.__dict__.update(snapshot, _step=None)
-        if self.is_initialized:
-            self._set_stored(self.num_stored)
+        tokens, length = self.tokens, num_stored + tensors["keys"].shape[2]
+        tokens.long_text |= long_rotary
+        tokens.ring = tokens.ring_for(length - num_stored)
+        tokens.capacity = tokens.capacity_for(tokens.codes_of(num_stored))
+        self.state.resize_ring(tokens.ring, 0, 0)
+        self.state.reserve(tokens.capacity, 0)
+        for kind in KINDS:
+            self.state.write(kind, tensors[f"{kind}s"], num_stored)
+            self.state.sinks(kind).copy_(tensors[f"{kind}_sinks"])
+            self.state.codes[kind][..., : tokens.codes_of(num_stored)].copy_(tensors[f"{kind}_codes"])
 
     def reset(self) -> None:
-        """Forget every token."""
-        self.keys = self.values = None  # type: ignore[assignment]
+        """Free everything."""
         self.is_initialized = False
-        self.num_stored = 0
-        self._step = None
-        for name in ("quantizers", "buffers", "sinks"):
+        for name in ("quantizers", "state", "kernel_inputs"):
             self.__dict__.pop(name, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep these rows of the batch, in this order, as many as there are; the cache has checked them."""
         if self.is_initialized:
-            rows = beam_idx.to(self.keys.device)
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            self.sinks = {kind: sinks.index_select(0, rows) for kind, sinks in self.sinks.items()}
-            for buffer in self.buffers.values():
-                buffer.select(rows)
+            self.state.select(beam_idx, self.tokens.codes_of(self.tokens.num_stored))
 
     def offload(self) -> None:
         """Move the states to the CPU."""
@@ -390,13 +400,10 @@ class GSRQLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move offloaded states back."""
-        if self.is_initialized and self.keys.device != self.device:
+        if self.is_initialized and self.state.device != self.device:
             self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        # Blocking copies: whoever reads them next, perhaps on the CPU, need not know of a stream.
         if self.is_initialized:
-            self.keys, self.values = self.keys.to(device), self.values.to(device)
-            self.sinks = {kind: sinks.to(device) for kind, sinks in self.sinks.items()}
-            for buffer in self.buffers.values():
-                buffer.to(device)
+            self.state.to(device)
+            self.tokens.moved()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import fused
 from .config import GSRQConfig
 from .layer import GSRQLayer
-from .tokens import TokenTable
+from .state import TokenState
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,9 @@ class MemoryReport:
         codes: Codes in use: R*M bytes per stored token, layer and kind.
         reserved: Room for codes that later tokens will fill.
         sinks: Exact first tokens.
-        window: Exact latest tokens; after a crop also the cropped ones, until the next token comes.
-        positions: Token positions and row starts.
+        window: Exact latest tokens and the slots for those to come.
+        positions: Token positions, row starts and the counts that kernels read.
+        workspace: Memory that the kernels of a decoding step work in.
         native: Layers that are not compressed (sliding window, linear attention and others).
         codebooks: Run-time centroids, and the key tables of the kernels; one set serves all caches of a model.
         plain: What transformers' own cache would hold: every token in the model's dtype.
@@ -36,6 +36,7 @@ class MemoryReport:
     sinks: int
     window: int
     positions: int
+    workspace: int
     native: int
     codebooks: int
     plain: int
@@ -43,7 +44,8 @@ class MemoryReport:
     @property
     def cache(self) -> int:
         """Everything but the codebooks."""
-        return self.codes + self.reserved + self.sinks + self.window + self.positions + self.native
+        held = self.codes + self.reserved + self.sinks + self.window + self.positions
+        return held + self.workspace + self.native
 
     @property
     def total(self) -> int:
@@ -51,32 +53,41 @@ class MemoryReport:
         return self.cache + self.codebooks
 
     def __str__(self) -> str:
-        names = ("codes", "reserved", "sinks", "window", "positions", "native", "codebooks", "total", "plain")
+        names = ("codes", "reserved", "sinks", "window", "positions", "workspace", "native", "codebooks", "total", "plain")
         rows = [f"{name:<10}{getattr(self, name) / 2**20:>12,.3f} MiB" for name in names]
         share = f"{self.cache / self.plain:.1%}" if self.plain else "-"
         rows.append(f"{self.tokens} tokens; the cache without codebooks is {share} of a plain one.")
         return "\n".join(rows)
 
 
-def measure(layers: Sequence[Any], table: TokenTable, config: GSRQConfig) -> MemoryReport:
-    """Count the layers of a cache and their table; see `GSRQCache.memory`."""
+def measure(
+    layers: Sequence[Any], tokens: TokenState, workspaces: Iterable[torch.Tensor], config: GSRQConfig
+) -> MemoryReport:
+    """Count the layers of a cache and what they share; see `GSRQCache.memory`."""
     compressed = [layer for layer in layers if isinstance(layer, GSRQLayer) and layer.is_initialized]
-    codes = [buffer.nbytes for layer in compressed for buffer in layer.buffers.values()]
     native = held_bytes([vars(layer) for layer in layers if not isinstance(layer, GSRQLayer)])
-    plain, codebooks = native, config.codebook_bytes
+    plain, codebooks, codes, room, sinks, exact = native, config.codebook_bytes, 0, 0, 0, 0
+    used = tokens.codes_of(tokens.num_stored)
+    for layer in compressed:
+        for held in layer.state.codes.values():
+            codes += held[..., :used].nbytes
+            room += held.nbytes
+        for kind, held in layer.state.exact.items():
+            sinks += layer.state.sinks(kind).nbytes
+            exact += held.nbytes
     if compressed:
-        keys, values = compressed[0].keys, compressed[0].values
-        element = keys.element_size() + values.element_size()
-        plain += keys.shape[0] * table.length * config.dense_bytes_per_token(element) // 2
-        codebooks = held_bytes([q.centroids for layer in compressed for q in layer.quantizers.values()])
-        codebooks += sum(map(fused.table_bytes, compressed))
+        state = compressed[0].state
+        element = sum(held.element_size() for held in state.exact.values())
+        plain += state.batch * tokens.length * config.dense_bytes_per_token(element) // 2
+        codebooks = held_bytes([q.tensors() for layer in compressed for q in layer.quantizers.values()])
     return MemoryReport(
-        tokens=table.length,
-        codes=sum(used for used, _ in codes),
-        reserved=sum(reserved for _, reserved in codes),
-        sinks=held_bytes([layer.sinks for layer in compressed]),
-        window=held_bytes([(layer.keys, layer.values) for layer in compressed]),
-        positions=held_bytes((table.positions, table.starts)),
+        tokens=tokens.length,
+        codes=codes,
+        reserved=room - codes,
+        sinks=sinks,
+        window=exact - sinks,
+        positions=held_bytes(tokens.tensors()),
+        workspace=held_bytes(list(workspaces)),
         native=native,
         codebooks=codebooks,
         plain=plain,

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+# What attention modules call their cache argument.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 # Enough numbers to tell two models apart, few enough to read at once.
 FINGERPRINT_SAMPLES = 64
 

@@ -18,7 +18,7 @@ from .files import write_tensors
 from .layer import GSRQLayer
 from .models import attention_modules, execution_device, fingerprint
 from .options import CacheOptions
-from .tokens import TokenTable
+from .state import TokenState
 
 FORMAT = "gsrq-cache"
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ class CacheFile:
 def write_cache(
     path: str | Path,
     layers: Sequence[Any],
-    table: TokenTable,
+    table: TokenState,
     codebooks: GSRQCodebooks,
     options: CacheOptions,
     model_fingerprint: str,
@@ -134,7 +134,7 @@ def check_origin(file: CacheFile, codebooks: GSRQCodebooks, model: PreTrainedMod
         )
 
 
-def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenTable, model: PreTrainedModel) -> None:
+def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenState, model: PreTrainedModel) -> None:
     """Give empty layers the states of a file, each on the device of its decoder layer. See `GSRQCache.load`."""
     modules = attention_modules(model)
     with safe_open(file.path, framework="pt") as reader:
@@ -165,7 +165,8 @@ def fill_cache(file: CacheFile, layers: Sequence[Any], table: TokenTable, model:
             reader.get_tensor(f"table.{name}").to(device) if f"table.{name}" in names else None
             for name in ("positions", "starts")
         )
-    table.fill(file.num_tokens, positions, starts)
+    num_stored = next(each["num_stored"] for each in file.layers if each and "num_stored" in each)
+    table.fill(file.num_tokens, num_stored, positions, starts)
 
 
 def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any] | None:

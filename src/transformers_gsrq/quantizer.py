@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import ops
+from .rope import Rotary
+
+if TYPE_CHECKING:
+    # Importing it would import Triton.
+    from .ops.triton.key_tables import KeyTables
 
 
 class ResidualQuantizer:
-    """Residual vector quantizer of a layer's keys or values.
+    """Residual vector quantizer of a layer's keys or values: the codebook as a device computes with it.
+
+    Beside the centroids it holds what kernels read and what follows from them; never changed, so every cache of a
+    model shares one (`GSRQCodebooks.quantizer`).
 
     Args:
         centroids: `[M, R, K, S]` on the layer's device, in the dtype to decode to.
@@ -26,10 +35,39 @@ class ResidualQuantizer:
         self.num_heads = num_heads
         self.backend = backend
         self.label = label
+        # By frequencies and scaling: caches read the model's rotary embedding each for itself.
+        self._key_tables: dict[tuple[bytes, float], KeyTables] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResidualQuantizer:
-        # Stateless, and its centroids are large: copies of a cache share it.
+        # Never changed, and its centroids are large: copies of a cache share it.
         return self
+
+    @cached_property
+    def biases(self) -> torch.Tensor:
+        """-|c|^2 / 2, float32 `[M, R, K]`: what the encode kernel reads beside the centroids."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.linalg.vector_norm(self.centroids, dim=-1, dtype=torch.float32).square() * -0.5
+
+    def key_tables(self, rotary: Rotary | None) -> KeyTables:
+        """The codebook as decode attention reads keys; the tables are made once and serve every rotary embedding."""
+        from .ops.triton.key_tables import prepare_keys
+
+        inv_freq, scaling = (None, 1.0) if rotary is None else (rotary.inv_freq, rotary.scaling)
+        name = b"" if inv_freq is None else inv_freq.numpy().tobytes(), scaling
+        if name not in self._key_tables:
+            width = 0 if inv_freq is None else 2 * inv_freq.numel()
+            made = next((tables for tables in self._key_tables.values() if tables.rotary_dim == width), None)
+            with torch.inference_mode(False), torch.no_grad():
+                if made is None:
+                    made = prepare_keys(self.centroids, self.num_heads, self.head_dim, inv_freq, scaling)
+                self._key_tables[name] = made.turning(inv_freq, scaling)
+        return self._key_tables[name]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything held on the device."""
+        tables = self._key_tables.values()
+        parts = [part for t in tables for part in (t.tables, t.subspaces, t.frequencies, t.amplitudes)]
+        return [self.centroids, *parts, *([self.biases] if "biases" in self.__dict__ else [])]
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -78,8 +116,28 @@ class ResidualQuantizer:
             )
         if out is None:
             out = torch.empty(batch, *self.code_shape, num_tokens, dtype=torch.uint8, device=states.device)
-        ops.encode(states, self.centroids, cos_sin, out, beam_width, self.backend)
+        self.encode_into(out, states, cos_sin, beam_width, self.backend)
         return out
+
+    @torch.no_grad()
+    def encode_into(
+        self,
+        out: torch.Tensor,
+        states: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+        beam_width: int,
+        backend: str,
+    ) -> None:
+        """`encode` without its checks, which wait for the device: NaN gets any codes.
+
+        Args:
+            out: uint8 `[B, M, R, T]`, written; any strides.
+            states: `[B, H, T, D]`.
+            cos_sin: As in `encode`.
+            beam_width: As in `encode`.
+            backend: As in the constructor.
+        """
+        ops.encode(states, self.centroids, cos_sin, out, beam_width, backend, lambda: self.biases)
 
     def decode(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .models import attention_modules
+from .models import CACHE_ARGUMENTS, attention_modules
 from .ops.reference import rotate
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -67,17 +67,20 @@ class Rotary:
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         return cos.to(dtype).float(), sin.to(dtype).float()
 
-    def check(self, positions: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Compare our tables with the `position_embeddings` that the model gave its attention layers.
+    def error(self, positions: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """How far our tables are from the `position_embeddings` that the model gave its attention layers.
 
         Args:
             positions: `[B, T]`.
             seen: cos and sin `[B or 1, T, 2P]` in the model's dtype.
 
+        Returns:
+            The largest difference over the tolerance, a float32 number on the device; for `check`.
+
         Raises:
-            ValueError: if they differ in layout or value: keys would be un-rotated wrongly.
+            ValueError: if they differ in layout.
         """
-        pairs = self.inv_freq.numel()
+        pairs, errors = self.inv_freq.numel(), [torch.zeros((), device=positions.device)]
         for ours, theirs in zip(self.cos_sin(positions, seen[0].dtype), seen, strict=True):
             if theirs.shape[-1] != 2 * pairs:
                 raise ValueError(
@@ -85,15 +88,25 @@ class Rotary:
                     f"{pairs} frequencies for {2 * pairs}. This rotary layout is not supported."
                 )
             tolerance = MAX_ULPS * torch.finfo(theirs.dtype).eps * max(1.0, self.scaling)
-            # A model spread over devices computes its tables on one of them.
-            for half in theirs.to(ours.device).float().split(pairs, -1):
-                error = (half - ours).abs().max().item() if half.numel() else 0.0
-                if not error <= tolerance:
-                    raise ValueError(
-                        f"The model's rotary embedding differs from the one read from it by {error:.3g} (tolerance "
-                        f"{tolerance:.3g}), so keys cannot be un-rotated exactly. Its layout (interleaved pairs, "
-                        "several axes) or its length-dependent frequencies are not supported."
-                    )
+            if theirs.numel():
+                # A model spread over devices computes its tables on one of them.
+                halves = theirs.to(ours.device).float().unflatten(-1, (2, pairs))
+                errors.append((halves - ours[..., None, :]).abs().max() / tolerance)
+        return torch.stack(errors).max()
+
+    @staticmethod
+    def check(error: float) -> None:
+        """Refuse an embedding that `error` found to differ from the model's.
+
+        Raises:
+            ValueError: if it is above 1 or NaN: keys would be un-rotated wrongly.
+        """
+        if not error <= 1:
+            raise ValueError(
+                f"The model's rotary embedding differs from the one read from it by {error:.3g} times the tolerance "
+                f"({MAX_ULPS} roundings), so keys cannot be un-rotated exactly. Its layout (interleaved pairs, "
+                "several axes) or its length-dependent frequencies are not supported."
+            )
 
 
 def read_rotary(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, Rotary | None]:
@@ -223,8 +236,6 @@ def _keys_follow_positions(attention: nn.Module, config: Any, width: int) -> boo
     Raises:
         TypeError: if the module hands no keys to a cache; and whatever its code raises that cannot be run so.
     """
-    from .attention import CACHE_ARGUMENTS
-
     with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
         wanted = inspect.signature(type(attention)).parameters
         own = {"config": config, **{name: getattr(attention, name) for name in wanted if hasattr(attention, name)}}

@@ -16,14 +16,15 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .attention import Step, SteppedCache, attach
 from .codebooks import GSRQCodebooks
 from .compat import holds_states, native_layers
 from .config import KINDS, Kind
+from .hooks import attach
 from .models import attention_modules, execution_device
 from .ops import encode_vectors
 from .ops.reference import decode_vectors, rotate, split_subspaces, unrotate
 from .rope import Rotary, read_rotary
+from .steps import Step, SteppedCache
 
 # Takes states [B, H, T, D] and returns what a cache would give back for them, same shape and dtype.
 Codec = Callable[[torch.Tensor], torch.Tensor]
@@ -197,7 +198,7 @@ class SimulatedCache(SteppedCache):
         super().__init__(layers=layers)
         attach(model)
 
-    def receive(self, module: nn.Module, step: Step) -> None:
+    def stage_step(self, module: nn.Module, step: Step) -> None:
         """Keep the step with its layer."""
         layer = self.layers[module.layer_idx]
         if isinstance(layer, SimulatedLayer):

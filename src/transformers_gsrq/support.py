@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import CACHE_ARGUMENTS
 from .config import compressible_layers, head_geometry
-from .models import attention_modules
+from .models import CACHE_ARGUMENTS, attention_modules
 from .rope import read_rotary
 
 

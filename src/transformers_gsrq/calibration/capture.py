@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..attention import Step, SteppedCache, attach, detach, is_attached
 from ..compat import CACHE_ARGUMENT, native_layers
 from ..config import KINDS, GSRQConfig, Kind
+from ..hooks import attach, detach, is_attached
 from ..models import fingerprint, input_device
 from ..ops.reference import unrotate
 from ..rope import Rotary, read_rotary
+from ..steps import Step, SteppedCache
 from ..text import windows_digest
 
 
@@ -79,7 +80,7 @@ class RecordingCache(SteppedCache):
             layers[index] = RecordingLayer(with_gradients)
         super().__init__(layers=layers)
 
-    def receive(self, module: nn.Module, step: Step) -> None:
+    def stage_step(self, module: nn.Module, step: Step) -> None:
         """Keep the step with its layer."""
         layer = self.layers[module.layer_idx]
         if isinstance(layer, RecordingLayer):
@@ -202,6 +203,6 @@ def _take(states: torch.Tensor, rotary: Rotary | None, step: Step, chosen: torch
         positions = step.position_ids.to(states.device)
         rotary = rotary.for_length(states.shape[-2])
         if step.position_embeddings is not None:
-            rotary.check(positions, step.position_embeddings)
+            Rotary.check(rotary.error(positions, step.position_embeddings).item())
         states = unrotate(states, rotary.cos_sin(positions, states.dtype)).to(states.dtype)
     return states[0].transpose(0, 1)[chosen.to(states.device)]

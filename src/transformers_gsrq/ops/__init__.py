@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import reference, triton
@@ -18,9 +20,11 @@ def encode(
     out: torch.Tensor,
     beam_width: int = 1,
     backend: str = "auto",
+    find_biases: Callable[[], torch.Tensor] | None = None,
 ) -> None:
     """Encode states `[B, H, T, D]` into codes `[B, M, R, T]`; see `reference.encode`.
 
+    `find_biases` gives what the kernel reads beside the centroids (`triton.encode.encode`), where it is kept.
     Beams wider than 1 always take the reference, which runs on every device.
 
     Raises:
@@ -32,6 +36,6 @@ def encode(
     if choose_backend(backend, reason) == "triton" and beam_width == 1:
         from .triton.encode import encode as encode_by_kernel
 
-        encode_by_kernel(states, centroids, cos_sin, out)
+        encode_by_kernel(states, centroids, cos_sin, out, None if find_biases is None else find_biases())
     else:
         reference.encode(states, centroids, cos_sin, out, beam_width)

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .encode_biases import find_biases
-
 BLOCK_TOKENS = 128
 NUM_WARPS = 8
 BLOCK_CENTROIDS = 64
@@ -189,6 +187,7 @@ def encode(
     centroids: torch.Tensor,
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
     out: torch.Tensor,
+    biases: torch.Tensor | None = None,
 ) -> None:
     """Greedy residual codes of key or value states; the same as `reference.encode` but for products in half precision.
 
@@ -196,10 +195,13 @@ def encode(
 
     Args:
         states: `[B, H, T, D]`, float16 or bfloat16, any strides.
-        centroids: `[M, R, K, S]` of the same dtype, never changed in place.
+        centroids: `[M, R, K, S]` of the same dtype.
         cos_sin: Rotation to undo first: cosine and sine, each `[B or 1, T, P]` for P half-split channel pairs; None
             for states to be taken as they are.
         out: uint8 `[B, M, R, T]`, tokens contiguous, other strides arbitrary; written.
+        biases: -|c|^2 / 2, float32 `[M, R, K]`, if they are known.
     """
+    if biases is None:
+        biases = torch.linalg.vector_norm(centroids, dim=-1, dtype=torch.float32).square() * -0.5
     cos, sin = (None, None) if cos_sin is None else cos_sin
-    _encode_op(states, centroids, find_biases(centroids), cos, sin, out)
+    _encode_op(states, centroids, biases, cos, sin, out)

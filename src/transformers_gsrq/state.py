@@ -1,0 +1,561 @@
+"""What a compressed cache holds on its devices, and how much of it is in use. Knows nothing of transformers.
+
+Tensors are only written where nothing is in use: codes and positions behind their end, exact tokens in free slots of a
+ring. What is in use is a matter of a few integers, which change when a forward pass is complete. So a failed pass needs
+no undoing, and reading never disturbs a pass that is running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from .rope import Rotary
+
+# Room for codes is a multiple of this many tokens, so that rows are aligned for kernels and could be pages.
+PAGE = 64
+RING_UNIT = 16
+
+
+class Count(IntEnum):
+    """Rows of the counts that kernels read, int32 `[len(Count), B]` on the device.
+
+    Attributes:
+        NUM_CODES: Coded tokens; code j is that of token `sink_length` + j.
+        FIRST_CODE: Codes before this one are padding or sinks and are never seen.
+        FIRST_POSITION: Position of code 0; code j stands j further.
+        NUM_SINKS: Sinks that are filled.
+        FIRST_TOKEN: Token of the first sink.
+        NUM_STORED: Tokens that have left the window: the oldest exact token.
+        RING_HEAD: Its slot in the ring.
+        NUM_EXACT: Exact tokens in the ring, without those of the running pass.
+    """
+
+    NUM_CODES = 0
+    FIRST_CODE = 1
+    FIRST_POSITION = 2
+    NUM_SINKS = 3
+    FIRST_TOKEN = 4
+    NUM_STORED = 5
+    RING_HEAD = 6
+    NUM_EXACT = 7
+
+
+def round_up(number: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-number // unit) * unit
+
+
+_FINITE = (
+    "NaN or infinity in {}: such a state has no nearest centroid. The model overflowed: check its inputs, or load it "
+    "in bfloat16 or float32 instead of float16."
+)
+
+
+@dataclass
+class ForwardPass:
+    """What one forward pass does to the tokens; worked out before its first layer runs, and the same for all layers.
+
+    Attributes:
+        num_new: Tokens that it adds.
+        stored: Tokens that have left the window when the layers run.
+        exact: Exact tokens before the new ones.
+        leaving: Tokens that leave the window once a layer has attended to them: a prompt's.
+        settled: Whether every row has begun, its own tokens included.
+        reads_codes: Whether layers that can attend to the codes by kernels do.
+        room: Codes that a layer needs room for.
+        finite: For each compressed kind and layer, whether its states are finite, on their devices.
+        new_window: For each layer and kind, what is written to its ring when the pass is complete.
+        updated: Layers that have taken their states.
+        complete: Whether the model is through, so that only our own bookkeeping is left.
+    """
+
+    num_new: int
+    stored: int
+    exact: int
+    leaving: int
+    settled: bool
+    reads_codes: bool
+    room: int
+    finite: dict[str, torch.Tensor] = field(default_factory=dict)
+    new_window: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    updated: set[int] = field(default_factory=set)
+    complete: bool = False
+
+    @property
+    def before(self) -> int:
+        """Tokens before it."""
+        return self.stored + self.exact
+
+    @property
+    def after(self) -> int:
+        """Tokens once it is complete."""
+        return self.before + self.num_new
+
+    @property
+    def stored_after(self) -> int:
+        """Tokens that have left the window once it is complete."""
+        return self.stored + self.leaving
+
+    def check_finite(self) -> None:
+        """Look at `finite`, in one synchronization for each device.
+
+        Raises:
+            ValueError: if a state that left the window is NaN or infinite.
+        """
+        names, flags = list(self.finite), list(self.finite.values())
+        if len({flag.device for flag in flags}) > 1:
+            flags = [flag.cpu() for flag in flags]
+        for name, fine in zip(names, torch.stack(flags).tolist() if flags else [], strict=True):
+            if not fine:
+                raise ValueError(_FINITE.format(name))
+        self.finite.clear()
+
+
+class TokenState:
+    """How many tokens there are, where they stand and where each row begins; the same for all layers of a cache.
+
+    Tokens 0 to `num_stored` are sinks, codes or padding, those up to `length` are exact.
+
+    Args:
+        sink_length: First real tokens of each row kept exact.
+        residual_length: Latest tokens kept exact.
+        chunk_length: Tokens that leave the window together while decoding.
+        max_length: Tokens that will be cached at most, None if unknown.
+
+    Attributes:
+        length: Tokens T, padding included.
+        num_stored: Tokens that have left the window.
+        capacity: Codes that every layer has room for.
+        ring: Slots that every layer has for exact tokens.
+        starts: int64 `[B]`, index of each row's first real token; None before the first token.
+        padded: Whether any row starts later than 0.
+        settled: Whether every row has begun.
+        straight: Whether the positions of every row's coded tokens follow one another.
+        long_text: Whether the prompt was so long that the model rotates by its other frequencies (longrope).
+        epoch: Grows whenever a tensor that kernels read moves in memory.
+        running: The forward pass that is running, once it is known what it does; None between passes.
+        reads_codes: `running.reads_codes`, False between passes: the one thing that traced code looks at.
+        rotary_error: Differences found by `Rotary.error` and not looked at yet.
+    """
+
+    def __init__(self, sink_length: int, residual_length: int, chunk_length: int, max_length: int | None) -> None:
+        self.sink_length = sink_length
+        self.residual_length = residual_length
+        self.chunk_length = chunk_length
+        self.max_length = max_length
+        self.epoch = 0
+        self.running: ForwardPass | None = None
+        self.reads_codes = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.length = self.num_stored = 0
+        self.capacity = 0
+        self.ring = self.least_ring
+        self._positions: torch.Tensor | None = None
+        self.starts: torch.Tensor | None = None
+        self.padded = False
+        self.settled = False
+        self.straight = True
+        self.long_text = False
+        self.epoch += 1
+        # By device: the counts, and what they were written from.
+        self._counts: dict[torch.device, tuple[torch.Tensor, list[int]]] = {}
+        # Grows whenever a row begins elsewhere or stands elsewhere.
+        self._version = 0
+        self.rotary_error: torch.Tensor | None = None
+        self._tables: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def full_window(self) -> int:
+        """Exact tokens at which a chunk is due."""
+        return self.residual_length + self.chunk_length
+
+    @property
+    def least_ring(self) -> int:
+        """Slots that decoding token by token needs: a full window and one new token."""
+        return round_up(self.full_window + 1, RING_UNIT)
+
+    @property
+    def num_exact(self) -> int:
+        """Exact tokens in the ring."""
+        return self.length - self.num_stored
+
+    def codes_of(self, num_stored: int) -> int:
+        """Codes that there are when so many tokens have left the window."""
+        return max(0, num_stored - self.sink_length)
+
+    def capacity_for(self, num_codes: int) -> int:
+        """Room for codes once `num_codes` must fit: what is known to be needed, else twice what there was."""
+        if num_codes <= self.capacity:
+            return self.capacity
+        expected = (self.max_length or 0) - self.sink_length - self.residual_length
+        return round_up(expected if expected >= num_codes else max(num_codes, 2 * self.capacity), PAGE)
+
+    def ring_for(self, num_exact: int) -> int:
+        """Slots of the ring once `num_exact` tokens must fit; a ring that held a long prompt shrinks again."""
+        needed = max(self.least_ring, round_up(num_exact, RING_UNIT))
+        return needed if needed > self.ring or self.ring > 2 * needed else self.ring
+
+    # Positions and padding
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Positions of the tokens, int32 `[B, T]`; None if the model passes none."""
+        return None if self._positions is None else self._positions[:, : self.length]
+
+    @torch.inference_mode(False)
+    def write_positions(self, position_ids: torch.Tensor, batch: int, room: int, device: torch.device) -> torch.Tensor:
+        """Write down the positions of new tokens, which count once `length` says so.
+
+        Args:
+            position_ids: Integers `[B or 1, new]`.
+            batch: Rows B.
+            room: Tokens to make room for.
+            device: Where positions are kept.
+
+        Returns:
+            int32 `[B, T + new]`: positions of all tokens, the new ones included.
+        """
+        last = self.length + position_ids.shape[-1]
+        held = self._positions
+        if held is None or held.shape[1] < last:
+            grown = torch.zeros(batch, max(room, last), dtype=torch.int32, device=device)
+            if held is not None:
+                grown[:, : self.length] = held[:, : self.length]
+            self._positions = held = grown
+        held[:, self.length : last] = position_ids
+        return held[:, :last]
+
+    def begin_rows(self, starts: torch.Tensor) -> None:
+        """Note where rows begin; a row that had begun among the cached tokens keeps its start."""
+        if self.starts is not None:
+            old = self.starts.to(starts.device)
+            starts = torch.where(old < self.length, old, starts)
+        self.starts = starts
+        self._version += 1
+
+    def check_rotary(self) -> None:
+        """Look at `rotary_error`, in one synchronization if there is something to look at.
+
+        Raises:
+            ValueError: if the model turns keys otherwise.
+        """
+        if self.rotary_error is not None:
+            error, self.rotary_error = self.rotary_error.item(), None
+            Rotary.check(error)
+
+    def look_at_rows(self) -> tuple[int, int]:
+        """First and last start of a row; with `check_rotary`, in one synchronization."""
+        starts: Any = self.starts
+        parts = [starts.min(), starts.max()]
+        if self.rotary_error is not None:
+            parts.append(self.rotary_error.to(starts.device).double())
+        first, last, *error = torch.stack([part.double() for part in parts]).tolist()
+        self.rotary_error = None
+        for each in error:
+            Rotary.check(each)
+        return int(first), int(last)
+
+    def sink_tokens(self, device: torch.device) -> torch.Tensor:
+        """Token of each sink, int64 `[B, sink_length]`."""
+        starts = torch.as_tensor(self.starts, device=device)
+        return starts[:, None] + torch.arange(self.sink_length, device=device)
+
+    def are_straight(self, positions: torch.Tensor, num_stored: int) -> torch.Tensor:
+        """Whether positions follow one another among the first `num_stored` tokens, a boolean on the device."""
+        starts = torch.as_tensor(self.starts, device=positions.device)
+        positions = positions[:, : max(1, num_stored)]
+        later = torch.arange(1, positions.shape[1], device=positions.device) > starts[:, None]
+        return ((positions.diff() == 1) | ~later).all()
+
+    def cos_sin(
+        self, rotary: Rotary, first: int, last: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotation of tokens `first` to `last`, computed once for all layers; kept until `forget_tables`.
+
+        Args:
+            rotary: The layer's embedding.
+            first: First token.
+            last: One past the last token.
+            dtype: What to round to, as in `Rotary.cos_sin`.
+            device: Where the tables are needed.
+
+        Returns:
+            Two float32 tensors `[B, last - first, P]`.
+
+        Raises:
+            ValueError: if the model never passed its positions.
+        """
+        if self._positions is None:
+            raise ValueError(
+                "The model did not pass position_ids to its attention layers, so its keys cannot be un-rotated. "
+                "This architecture is not supported."
+            )
+        key = (rotary, first, last, dtype, device)
+        if key not in self._tables:
+            self._tables[key] = rotary.cos_sin(self._positions[:, first:last].to(device), dtype)
+        return self._tables[key]
+
+    def forget_tables(self) -> None:
+        """Drop rotations that `cos_sin` kept: they take more memory than codes do."""
+        self._tables.clear()
+
+    # Counts on the device
+
+    @torch.inference_mode(False)
+    def counts(self, device: torch.device, num_stored: int, num_exact: int) -> torch.Tensor:
+        """What kernels read, see `Count`; written where it is not what it was, without a synchronization.
+
+        Args:
+            device: Where they are read.
+            num_stored: Tokens that have left the window when the layers run.
+            num_exact: Exact tokens before the new ones.
+
+        Returns:
+            int32 `[len(Count), B]`; always the same tensor until `epoch` changes.
+        """
+        starts = torch.as_tensor(self.starts, device=device)
+        found = self._counts.get(device)
+        if found is None or found[0].shape[1] != starts.numel():
+            counts = torch.zeros(len(Count), starts.numel(), dtype=torch.int32, device=device)
+            found = self._counts[device] = counts, []
+            self.epoch += 1
+        counts, written = found
+        wanted = [self._version, num_stored, self.ring, num_exact]
+        if written[:3] != wanted[:3]:
+            first = starts * 0
+            if self._positions is not None and num_stored:
+                begin = starts.clamp(max=num_stored - 1)
+                first = self._positions.to(device).gather(1, begin[:, None])[:, 0] - begin
+            counts[Count.NUM_CODES] = self.codes_of(num_stored)
+            counts[Count.FIRST_CODE] = starts
+            counts[Count.FIRST_POSITION] = first + self.sink_length
+            counts[Count.NUM_SINKS] = (num_stored - starts).clamp(0, self.sink_length)
+            counts[Count.FIRST_TOKEN] = starts
+            counts[Count.NUM_STORED] = num_stored
+            counts[Count.RING_HEAD] = num_stored % self.ring
+        if written != wanted:
+            counts[Count.NUM_EXACT] = num_exact
+            written[:] = wanted
+        return counts
+
+    # Operations
+
+    def count(self, running: ForwardPass) -> None:
+        """Count the tokens of a pass that is complete."""
+        self.length, self.num_stored, self.settled = running.after, running.stored_after, running.settled
+
+    def close(self) -> None:
+        """End the running pass."""
+        self.running, self.reads_codes = None, False
+        self.forget_tables()
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from index `length` on, more than none being left."""
+        if length < self.length:
+            self.length = length
+            self.num_stored = min(self.num_stored, length)
+            # A row cut back into its padding may begin elsewhere next time.
+            if self.starts is not None and self.padded:
+                self.settled = bool((self.starts < length).all())
+            self._version += 1
+
+    @torch.inference_mode(False)
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep rows `rows` of the batch, in that order; int64, repetition allowed."""
+        if self.starts is not None:
+            self.starts = self.starts[rows.to(self.starts.device)]
+        if self._positions is not None:
+            self._positions = self._positions[rows.to(self._positions.device)]
+        self.moved()
+
+    def moved(self) -> None:
+        """Take note that tensors of the cache lie elsewhere now, or hold other rows."""
+        self.epoch += 1
+        self._version += 1
+
+    @torch.inference_mode(False)
+    def fill(
+        self, length: int, num_stored: int, positions: torch.Tensor | None, starts: torch.Tensor | None
+    ) -> None:
+        """Hold these tokens, as saved before."""
+        long_text, capacity, ring = self.long_text, self.capacity, self.ring
+        self.reset()
+        self.long_text, self.capacity, self.ring = long_text, capacity, ring
+        self.length, self.num_stored, self.starts = length, num_stored, starts
+        self._positions = None if positions is None else positions.clone()
+        if starts is not None:
+            self.padded = bool((starts > 0).any())
+            self.settled = bool((starts < length).all())
+            self.straight = positions is None or bool(self.are_straight(positions, num_stored))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything held here."""
+        held = [self._positions, self.starts, *(counts for counts, _ in self._counts.values())]
+        return [tensor for tensor in held if tensor is not None]
+
+
+class LayerState:
+    """The tensors of one layer: codes, sinks, and a ring of exact tokens. Token t lies in slot t modulo the ring.
+
+    They are made outside of inference mode, whatever mode a call is in: what is made inside cannot be written to
+    outside.
+
+    Args:
+        code_shapes: For each kind `(M, R)`, the codes of a token.
+        dtypes: For each kind the dtype of exact states.
+        batch: Rows B.
+        num_heads: Heads H.
+        head_dim: Channels D.
+        sink_length: Slots for sinks.
+        device: Where the layer computes.
+
+    Attributes:
+        codes: For each kind uint8 `[B, M, R, capacity]`. Stage-major with tokens contiguous: a kernel reads one stage of
+            consecutive tokens in one go.
+        exact: For each kind `[B, H, sink_length + ring, D]`: sinks, then the ring.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        code_shapes: Mapping[str, tuple[int, int]],
+        dtypes: Mapping[str, torch.dtype],
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        sink_length: int,
+        device: torch.device,
+    ) -> None:
+        self.sink_length = sink_length
+        self.codes = {
+            kind: torch.empty(batch, *shape, 0, dtype=torch.uint8, device=device)
+            for kind, shape in code_shapes.items()
+        }
+        self.exact = {
+            kind: torch.zeros(batch, num_heads, sink_length, head_dim, dtype=dtype, device=device)
+            for kind, dtype in dtypes.items()
+        }
+
+    @property
+    def batch(self) -> int:
+        """Rows B."""
+        return next(iter(self.exact.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.exact.values())).device
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring."""
+        return next(iter(self.exact.values())).shape[2] - self.sink_length
+
+    @property
+    def capacity(self) -> int:
+        """Codes that there is room for."""
+        return next(iter(self.codes.values())).shape[-1]
+
+    @torch.inference_mode(False)
+    def reserve(self, capacity: int, used: int) -> None:
+        """Make room for `capacity` codes, keeping the first `used`."""
+        for kind, held in self.codes.items():
+            if held.shape[-1] < capacity:
+                grown = held.new_empty(*held.shape[:-1], capacity)
+                grown[..., :used] = held[..., :used]
+                self.codes[kind] = grown
+
+    @torch.inference_mode(False)
+    def resize_ring(self, ring: int, first: int, last: int) -> None:
+        """Give the ring another number of slots, keeping tokens `first` to `last`."""
+        if ring == self.ring:
+            return
+        resized = {}
+        for kind, held in self.exact.items():
+            # Zeros, since a product with what memory happens to hold may be NaN.
+            new = held.new_zeros(*held.shape[:2], self.sink_length + ring, held.shape[3])
+            new[:, :, : self.sink_length] = held[:, :, : self.sink_length]
+            for slots, tokens in _runs(first, last, ring, self.sink_length):
+                new[:, :, slots] = self.read(kind, *tokens)
+            resized[kind] = new
+        self.exact = resized
+
+    @torch.inference_mode(False)
+    def promote(self, kind: str, dtype: torch.dtype) -> bool:
+        """Hold exact states of a wider dtype if these are; whether that changed anything (autocast that ended)."""
+        held = self.exact[kind]
+        wide = torch.promote_types(held.dtype, dtype)
+        self.exact[kind] = held.to(wide)
+        return wide != held.dtype
+
+    @torch.no_grad()
+    def write(self, kind: str, states: torch.Tensor, first: int) -> None:
+        """Put exact states `[B, H, T, D]` of tokens from `first` on into their slots."""
+        for slots, (start, stop) in _runs(first, first + states.shape[2], self.ring, self.sink_length):
+            self.exact[kind][:, :, slots] = states[:, :, start - first : stop - first]
+
+    def read(self, kind: str, first: int, last: int) -> torch.Tensor:
+        """Exact states of tokens `first` to `last`, `[B, H, T, D]`; not to be written to."""
+        parts = [self.exact[kind][:, :, slots] for slots, _ in _runs(first, last, self.ring, self.sink_length)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 2) if parts else self.exact[kind][:, :, :0]
+
+    def sinks(self, kind: str) -> torch.Tensor:
+        """The slots of the sinks, `[B, H, sink_length, D]`."""
+        return self.exact[kind][:, :, : self.sink_length]
+
+    @torch.no_grad()
+    def write_sinks(self, kind: str, states: torch.Tensor, first: int, sink_tokens: torch.Tensor) -> None:
+        """Keep those of these exact states that are sinks, now that they leave the window.
+
+        Args:
+            kind: Kind of state.
+            states: `[B, H, T, D]`, tokens from `first` on.
+            first: Their first token.
+            sink_tokens: int64 `[B, sink_length]`, token of each sink.
+        """
+        count = states.shape[2]
+        if self.sink_length == 0 or count == 0:
+            return
+        sinks = self.sinks(kind)
+        source = (sink_tokens - first).clamp(0, count - 1)[:, None, :, None].expand_as(sinks)
+        leaving = ((sink_tokens >= first) & (sink_tokens < first + count))[:, None, :, None]
+        sinks.copy_(torch.where(leaving, states.gather(2, source).to(sinks.dtype), sinks))
+
+    @torch.inference_mode(False)
+    def select(self, rows: torch.Tensor, used: int) -> None:
+        """Keep rows `rows` of the batch; codes beyond the first `used` are only room."""
+        rows = rows.to(self.device)
+        self.exact = {kind: held.index_select(0, rows) for kind, held in self.exact.items()}
+        for kind, held in self.codes.items():
+            kept = held.new_empty(rows.numel(), *held.shape[1:])
+            torch.index_select(held[..., :used], 0, rows, out=kept[..., :used])
+            self.codes[kind] = kept
+
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> None:
+        """Move everything. Blocking copies: whoever reads next, perhaps on the CPU, need not know of a stream."""
+        self.codes = {kind: held.to(device) for kind, held in self.codes.items()}
+        self.exact = {kind: held.to(device) for kind, held in self.exact.items()}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything held here."""
+        return [*self.codes.values(), *self.exact.values()]
+
+
+def _runs(first: int, last: int, ring: int, offset: int) -> Iterable[tuple[slice, tuple[int, int]]]:
+    """Slices of a ring that begins at `offset`, and the tokens in them, for tokens `first` to `last`."""
+    while first < last:
+        slot = first % ring
+        count = min(last - first, ring - slot)
+        yield slice(offset + slot, offset + slot + count), (first, first + count)
+        first += count
