@@ -19,10 +19,10 @@ from operations import OPTIONS
 from test_cache_errors import PROMPT, assert_unchanged, contents
 from test_cache_states import CODEBOOKS, HEAD_DIM, HEADS, LAYERS, MODEL, MODULES
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache, fused
-from transformers_gsrq.steps import Step
+from transformers_gsrq import GSRQCache, attention
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.ops import triton as kernels
+from transformers_gsrq.steps import Step
 
 # A code that two roundings of a state put on different sides of a tie moves that state by up to a centroid's distance;
 # such states are counted, all others must agree to the rounding of the dtype.
@@ -33,12 +33,12 @@ def push(cache: GSRQCache, states: torch.Tensor, first: int, last: int) -> None:
     """One forward pass with tokens `first` to `last` of `[layer, kind, B, H, T, D]`."""
     positions = torch.arange(first, last)[None]
     cos_sin = MODEL.model.rotary_emb(torch.zeros(1), positions)
-    cache.begin()
+    cache.begin_pass(MODEL.model)
+    cache.stage_step(MODULES[0], Step(positions, cos_sin, None, 1, last - first, positions.device))
     for layer in range(LAYERS):
         keys, values = states[layer, :, :, :, first:last]
-        cache.receive(MODULES[layer], Step(positions, cos_sin, None))
         cache.update(keys, values, layer)
-    cache.commit()
+    cache.commit_pass()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -68,14 +68,14 @@ def test_without_triton_a_model_decodes_in_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As after a plain install on a CPU; here Triton is only made out to be missing."""
-    remembered = (kernels.unsupported_reason, kernels.gluon_reason, fused._log_once)
+    remembered = (kernels.unsupported_reason, kernels.gluon_reason, attention.log_path)
     for function in remembered:
         function.cache_clear()
     monkeypatch.setattr(kernels, "triton_version", lambda: None)
     try:
         model = SUPPORTED["llama"].build()
         cache = GSRQCache(random_codebooks(model), model, **OPTIONS)
-        with torch.no_grad(), caplog.at_level(logging.INFO, "transformers_gsrq.fused"):
+        with torch.no_grad(), caplog.at_level(logging.INFO, "transformers_gsrq.attention"):
             for tokens in (PROMPT, PROMPT[:, :1]):
                 model(tokens, **{CACHE_ARGUMENT: cache})
         assert cache.memory().codes > 0 and cache.backend == "torch"
@@ -94,9 +94,9 @@ def test_a_copy_shares_what_never_changes() -> None:
     assert other.codebooks is cache.codebooks
     for ours, theirs in zip(cache.layers, other.layers, strict=True):
         assert theirs.quantizers["key"].centroids is ours.quantizers["key"].centroids
-        assert theirs.rotary is ours.rotary and theirs.table is other.table
-        assert theirs.buffers["key"].codes.data_ptr() != ours.buffers["key"].codes.data_ptr()
-    assert other.table is not cache.table
+        assert theirs.rotary is ours.rotary and theirs.tokens is other.tokens
+        assert theirs.state.codes["key"].data_ptr() != ours.state.codes["key"].data_ptr()
+    assert other.tokens is not cache.tokens
 
 
 def test_an_empty_cache_is_false() -> None:
@@ -144,9 +144,16 @@ def test_every_call_of_a_quantized_prefill_is_quantized() -> None:
 
 
 def test_backend_is_that_of_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "choose", lambda *args: True)
     states = torch.randint(-900, 900, (LAYERS, 2, 1, HEADS, 80, HEAD_DIM)) + 0.25
     cache = GSRQCache(CODEBOOKS, MODEL, residual_length=0, chunk_length=1)
+    # Made out to have kernels; what they would compute is not looked at.
+    monkeypatch.setattr(
+        GSRQCache, "_can_read_codes", lambda self, layer, module, step, straight: self.get_seq_length() > 0
+    )
+    monkeypatch.setattr(GSRQCache, "_prepare_kernels", lambda self, running: None)
+    cache.driven = True
+    for layer in cache.layers:
+        layer.can_read_codes = True
     said = []
     for first, last in ((0, 20), (20, 21), (21, 22), (22, 60), (60, 61)):
         push(cache, states, first, last)
@@ -205,7 +212,7 @@ def test_autocast(name: str) -> None:
             if kind == "coded" and step == 0:
                 for layer in cache.layers:
                     for name, states in zip(("key", "value"), (layer.keys, layer.values), strict=True):
-                        assert layer.sinks[name].dtype == layer.quantizers[name].centroids.dtype == states.dtype
+                        assert layer.state.sinks(name).dtype == layer.quantizers[name].centroids.dtype == states.dtype
                 assert layer.values.dtype == torch.bfloat16
         results[kind] = torch.stack(steps)
     assert torch.equal(results["covered"], results["plain"])
@@ -271,10 +278,10 @@ def test_flex_attention(name: str) -> None:
             each(prompt, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache}).logits
             for each, cache in zip((reference, model), caches, strict=True)
         )
-    assert caches[1].table.starts.tolist() == [13, 0]
+    assert caches[1].tokens.starts.tolist() == [13, 0]
     torch.testing.assert_close(flex[mask.bool()], sdpa[mask.bool()], rtol=0, atol=1e-4)
     for ours, theirs in zip(caches[1].compressed_layers, caches[0].compressed_layers, strict=True):
-        same = ours.buffers["value"].codes == theirs.buffers["value"].codes
+        same = ours.tensors()["value_codes"] == theirs.tensors()["value_codes"]
         assert same.float().mean() > 1 - SHARE_OF_TIES
 
 
@@ -292,7 +299,7 @@ def test_a_mask_of_ones_own() -> None:
         positions = torch.arange(ids.shape[1])[None] % half
         for each in (cache, plain):
             model(ids, attention_mask=mask[None, None], position_ids=positions, **{CACHE_ARGUMENT: each})
-        assert cache.table.starts.tolist() == [0]
+        assert cache.tokens.starts.tolist() == [0]
     sinks = slice(OPTIONS["sink_length"])
     for layer, exact in zip(cache.layers, plain.layers, strict=True):
         for mine, expected in zip(layer.states(), (exact.keys, exact.values), strict=True):
@@ -345,8 +352,8 @@ def peak_bytes(cache: GSRQCache, operation: Callable[[], object]) -> int:
     """Bytes that an operation takes at its peak beyond what was there before it."""
     tracker = LiveBytes()
     for layer in cache.layers:
-        tracker.count([*layer.tensors().values(), *(buffer._data for buffer in layer.buffers.values())])
-    before = tracker.count([cache.table.positions, cache.table.starts])
+        tracker.count(layer.state.tensors())
+    before = tracker.count(cache.tokens.tensors())
     with tracker:
         operation()
     return max(0, tracker.peak - before)

@@ -6,7 +6,9 @@ import copy
 import gc
 import inspect
 import pickle
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from operations import OPTIONS
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks
 from transformers_gsrq.compat import CACHE_ARGUMENT
+from transformers_gsrq.layer import GSRQLayer
 from transformers_gsrq.quantizer import ResidualQuantizer
+from transformers_gsrq.state import LayerState, TokenState
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +48,13 @@ def cache(model: PreTrainedModel, codebooks: GSRQCodebooks) -> GSRQCache:
 
 def contents(cache: GSRQCache) -> list[torch.Tensor]:
     """Every tensor a cache holds, and its lengths."""
-    out = [torch.tensor([cache.get_seq_length(), cache.table.length])]
+    out = [torch.tensor([cache.get_seq_length(), cache.tokens.length])]
     for layer in cache.layers:
         if hasattr(layer, "tensors"):
             out += [tensor.clone() for tensor in layer.tensors().values()] + [torch.tensor(layer.num_stored)]
         else:
             out += [layer.keys.clone(), layer.values.clone(), torch.tensor(layer.cumulative_length)]
-    return [*out, cache.table.positions.clone(), cache.table.starts.clone()]
+    return [*out, cache.tokens.positions.clone(), cache.tokens.starts.clone()]
 
 
 def assert_unchanged(cache: GSRQCache, before: list[torch.Tensor]) -> None:
@@ -157,6 +161,104 @@ def test_layers_run_by_hand(model: PreTrainedModel, cache: GSRQCache) -> None:
     assert torch.equal(next_logits(model, cache), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_asking_leaves_a_running_pass_alone(name: str, tmp_path: Path) -> None:
+    """Every question that a cache answers, asked in the middle of each forward pass, as a streamer's thread may."""
+    model = SUPPORTED[name].build()
+    codebooks = random_codebooks(model)
+    caches = [GSRQCache(codebooks, model, **OPTIONS) for _ in range(2)]
+    answers = []
+
+    def ask(*_: object) -> None:
+        cache, path = caches[1], tmp_path / "asked.safetensors"
+        answer = [cache.memory().tokens, cache.get_seq_length(), len(repr(cache)) > 0, bool(cache)]
+        answer += [copy.deepcopy(cache).get_seq_length(), cache.get_query_offset(), cache.is_compileable]
+        if cache:
+            cache.save(path)
+            answer += [GSRQCache.load(path, codebooks, model).get_seq_length()]
+            answer += [layer.states()[0].shape[2] for layer in cache.compressed_layers]
+        answers.append(answer)
+
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(PROMPT, **{CACHE_ARGUMENT: caches[0]}, **settings)
+    hook = model.get_decoder().layers[-1].register_forward_hook(ask)
+    try:
+        found = model.generate(PROMPT, **{CACHE_ARGUMENT: caches[1]}, **settings)
+    finally:
+        hook.remove()
+    assert torch.equal(found, expected)
+    assert_unchanged(caches[1], contents(caches[0]))
+    # The tokens of the passes that were complete by then.
+    assert [answer[0] for answer in answers] == [0, *range(30, 41)]
+    assert all(set(answer) <= {answer[0], True, False} for answer in answers)
+
+
+def test_a_thread_that_looks_while_another_generates(model: PreTrainedModel, codebooks: GSRQCodebooks) -> None:
+    cache, results = GSRQCache(codebooks, model, **OPTIONS), []
+    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(PROMPT, **{CACHE_ARGUMENT: GSRQCache(codebooks, model, **OPTIONS)}, **settings)
+    thread = threading.Thread(
+        target=lambda: results.append(model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, **settings))
+    )
+    thread.start()
+    seen = set()
+    while thread.is_alive():
+        seen.add(cache.memory().tokens)
+    thread.join()
+    assert torch.equal(results[0], expected)
+    assert len(seen) > 2
+
+
+def test_two_threads_in_one_cache(model: PreTrainedModel, cache: GSRQCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused and leaves the first alone."""
+    expected = next_logits(model, copy.deepcopy(cache))
+    refused = []
+    mlp = model.model.layers[1].mlp
+    real = mlp.forward
+
+    def intrude(hidden: torch.Tensor) -> torch.Tensor:
+        def other() -> None:
+            for use in (lambda: next_logits(model, cache), lambda: cache.crop(-1)):
+                with pytest.raises(RuntimeError, match="Another thread is in a forward pass") as error:
+                    use()
+                refused.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return real(hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "forward", intrude)
+        assert torch.equal(next_logits(model, cache), expected)
+    assert len(refused) == 2 and cache.get_seq_length() == 34
+
+
+def test_completing_a_pass_that_is_not_open(cache: GSRQCache) -> None:
+    before = contents(cache)
+    with pytest.raises(RuntimeError, match="No forward pass of this cache is running"):
+        cache.commit_pass()
+    assert_unchanged(cache, before)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_an_interrupt_while_a_pass_is_completed(
+    count: int, model: PreTrainedModel, cache: GSRQCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is through: what is left to do is done by the next use of the cache."""
+    other = copy.deepcopy(cache)
+    next_logits(model, other, count)
+    with monkeypatch.context() as patch:
+        if count > 1:
+            patch.setattr(GSRQLayer, "finish", fail_at(2, KeyboardInterrupt(), GSRQLayer.finish))
+        else:
+            patch.setattr(TokenState, "count", fail_at(1, KeyboardInterrupt(), TokenState.count))
+        with pytest.raises(KeyboardInterrupt):
+            next_logits(model, cache, count)
+    cache.crop(0)
+    assert_unchanged(cache, contents(other))
+
+
 def test_pickling_names_what_to_do(cache: GSRQCache) -> None:
     with pytest.raises(TypeError, match=r"cannot be pickled.*cache\.save\(path\)"):
         pickle.dumps(cache)
@@ -250,31 +352,34 @@ def test_failed_encoding(name: str, count: int, call: int, monkeypatch: pytest.M
     next_logits(model, cache, 3)
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache), count)
     with monkeypatch.context() as patch:
-        patch.setattr(ResidualQuantizer, "encode", fail_at(call, OUT_OF_MEMORY, ResidualQuantizer.encode))
+        patch.setattr(ResidualQuantizer, "encode_into", fail_at(call, OUT_OF_MEMORY, ResidualQuantizer.encode_into))
         with pytest.raises(torch.OutOfMemoryError):
             next_logits(model, cache, count)
     assert_unchanged(cache, before)
     assert torch.equal(next_logits(model, cache, count), expected)
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 6])
-def test_failed_allocation(
-    call: int, model: PreTrainedModel, cache: GSRQCache, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("growing", ["resize_ring", "reserve"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_failed_growth(
+    call: int, growing: str, model: PreTrainedModel, codebooks: GSRQCodebooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.cat fails when a layer appends."""
-    before, expected = contents(cache), next_logits(model, copy.deepcopy(cache))
-    real, inside = torch.cat, fail_at(call, OUT_OF_MEMORY, torch.cat)
-
-    def cat(tensors: list[torch.Tensor], dim: int = 0, **kwargs: object) -> torch.Tensor:
-        appends = tensors[0].dim() == 4 and dim == -2
-        return (inside if appends else real)(tensors, dim, **kwargs)
-
+    """Memory runs out while some layers have their new room and others do not."""
+    cache = GSRQCache(codebooks, model, **OPTIONS)
+    with torch.no_grad():
+        model(PROMPT, **{CACHE_ARGUMENT: cache})
+    cache.activate_past_recording()
+    # More tokens than the ring has slots for; then, when they are due, more codes than there is room for.
+    counts = [40, 3] if growing == "reserve" else [40]
+    for count in counts[:-1]:
+        next_logits(model, cache, count)
+    before, expected = contents(cache), next_logits(model, copy.deepcopy(cache), counts[-1])
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "cat", cat)
+        patch.setattr(LayerState, growing, fail_at(call, OUT_OF_MEMORY, getattr(LayerState, growing)))
         with pytest.raises(torch.OutOfMemoryError):
-            next_logits(model, cache)
+            next_logits(model, cache, counts[-1])
     assert_unchanged(cache, before)
-    assert torch.equal(next_logits(model, cache), expected)
+    assert torch.equal(next_logits(model, cache, counts[-1]), expected)
 
 
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, KeyboardInterrupt()])
@@ -300,16 +405,20 @@ def test_failure_after_the_cache(name: str, error: BaseException, monkeypatch: p
     assert torch.equal(next_logits(model, untouched, 40), expected)
 
 
-def test_an_interrupted_pass_and_its_copy_hold_no_module(
+def test_a_copy_of_an_interrupted_pass(
     model: PreTrainedModel, cache: GSRQCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted between what the model says and the states."""
+    """Interrupted between what the model says and the states: the copy is of what complete passes left."""
+    expected = next_logits(model, copy.deepcopy(cache))
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1].self_attn.q_proj, "forward", fail_at(1, KeyboardInterrupt(), len))
         with pytest.raises(KeyboardInterrupt):
             next_logits(model, cache)
-    assert cache.layers[1]._step is not None
-    assert copy.deepcopy(cache).layers[1]._step is None
+    assert cache.tokens.running is not None
+    other = copy.deepcopy(cache)
+    assert other.tokens.running is None and cache.tokens.running is not None
+    assert torch.equal(next_logits(model, other), expected)
+    assert torch.equal(next_logits(model, cache), expected)
 
 
 def test_masks_that_are_made_before_an_interrupted_pass_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,10 +455,10 @@ def test_failed_first_prompt(
 ) -> None:
     cache = GSRQCache(codebooks, model, **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr(ResidualQuantizer, "encode", fail_at(4, OUT_OF_MEMORY, ResidualQuantizer.encode))
+        patch.setattr(ResidualQuantizer, "encode_into", fail_at(4, OUT_OF_MEMORY, ResidualQuantizer.encode_into))
         with pytest.raises(torch.OutOfMemoryError):
             model(PROMPT, **{CACHE_ARGUMENT: cache})
-    assert cache.get_seq_length() == cache.table.length == 0
+    assert cache.get_seq_length() == cache.tokens.length == 0
     assert not cache and not any(layer.is_initialized for layer in cache.layers)
     with torch.no_grad():
         again = model(PROMPT, **{CACHE_ARGUMENT: cache}).logits

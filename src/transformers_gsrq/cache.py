@@ -83,18 +83,15 @@ class GSRQCache(SteppedCache):
         self.options = CacheOptions(
             residual_length, sink_length, chunk_length, beam_width, quantize_prefill, backend, max_length
         )
+        order = "The order is GSRQCache(codebooks, model)."
+        if not isinstance(codebooks, GSRQCodebooks | str | Path):
+            raise TypeError(
+                f"codebooks must be GSRQCodebooks, a folder or a Hub id, got {type(codebooks).__name__}. {order}"
+            )
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"model must be a transformers model, got {type(model).__name__}. "
-                "The order is GSRQCache(codebooks, model)."
-            )
-        if isinstance(codebooks, str | Path):
-            codebooks = GSRQCodebooks.from_pretrained(codebooks)
+            raise TypeError(f"model must be a transformers model, got {type(model).__name__}. {order}")
         if not isinstance(codebooks, GSRQCodebooks):
-            raise TypeError(
-                f"codebooks must be GSRQCodebooks, a folder or a Hub id, got {type(codebooks).__name__}. "
-                "The order is GSRQCache(codebooks, model)."
-            )
+            codebooks = GSRQCodebooks.from_pretrained(codebooks)
         self.codebooks = codebooks
         config = codebooks.config
         config.check_model(model.config)
@@ -143,7 +140,14 @@ class GSRQCache(SteppedCache):
         other = memo[id(self)] = type(self).__new__(type(self))
         shared = {"codebooks", "_model", "_decoder", "_modules", "options"}
         # A copy is of what complete passes left.
-        state = {**self.__dict__, "layers": self._committed_layers(), "_before": None, "graphs": {}, "workspaces": {}, "_prepared": -1}
+        state = {
+            **self.__dict__,
+            "layers": self._committed_layers(),
+            "_before": None,
+            "graphs": {},
+            "workspaces": {},
+            "_prepared": -1,
+        }
         other.__dict__.update({n: v if n in shared else copy.deepcopy(v, memo) for n, v in state.items()})
         other.tokens.close()
         return other

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .compat import mark_static
-from .steps import Step, SteppedCache, find_cache
+from .steps import Step, find_cache
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The link between a model and a cache: what `Cache.update` is not told, handed over by hooks.
 
-A pre-hook on each attention module tells the cache the positions, the cos/sin and the mask of the running forward pass;
+A pre-hook on each attention module tells the cache positions, cos/sin and mask of the running forward pass;
 hooks on the decoder say when a pass begins and when it is complete.
 """
 

@@ -14,6 +14,7 @@ from .quantizer import ResidualQuantizer
 from .rope import Rotary
 from .state import ForwardPass, LayerState, TokenState
 
+
 class GSRQLayer(CacheLayerMixin):
     """Cache layer that stores tokens between the sinks and the window as residual codes.
 
@@ -361,9 +362,7 @@ class GSRQLayer(CacheLayerMixin):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is in use, by name: what `fill` takes."""
         tokens = self.tokens
-        out = {
-            f"{kind}s": self.state.read(kind, tokens.num_stored, tokens.length) for kind in KINDS
-        }
+        out = {f"{kind}s": self.state.read(kind, tokens.num_stored, tokens.length) for kind in KINDS}
         for kind in KINDS:
             out[f"{kind}_sinks"] = self.state.sinks(kind)
             out[f"{kind}_codes"] = self.state.codes[kind][..., : tokens.codes_of(tokens.num_stored)]

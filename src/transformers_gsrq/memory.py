@@ -53,7 +53,18 @@ class MemoryReport:
         return self.cache + self.codebooks
 
     def __str__(self) -> str:
-        names = ("codes", "reserved", "sinks", "window", "positions", "workspace", "native", "codebooks", "total", "plain")
+        names = (
+            "codes",
+            "reserved",
+            "sinks",
+            "window",
+            "positions",
+            "workspace",
+            "native",
+            "codebooks",
+            "total",
+            "plain",
+        )
         rows = [f"{name:<10}{getattr(self, name) / 2**20:>12,.3f} MiB" for name in names]
         share = f"{self.cache / self.plain:.1%}" if self.plain else "-"
         rows.append(f"{self.tokens} tokens; the cache without codebooks is {share} of a plain one.")

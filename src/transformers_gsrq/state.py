@@ -1,8 +1,8 @@
 """What a compressed cache holds on its devices, and how much of it is in use. Knows nothing of transformers.
 
 Tensors are only written where nothing is in use: codes and positions behind their end, exact tokens in free slots of a
-ring. What is in use is a matter of a few integers, which change when a forward pass is complete. So a failed pass needs
-no undoing, and reading never disturbs a pass that is running.
+ring. What is in use is a matter of a few integers, which change when a forward pass is complete. So a failed pass
+needs no undoing, and reading never disturbs a pass that is running.
 """
 
 from __future__ import annotations
@@ -382,9 +382,7 @@ class TokenState:
         self._version += 1
 
     @torch.inference_mode(False)
-    def fill(
-        self, length: int, num_stored: int, positions: torch.Tensor | None, starts: torch.Tensor | None
-    ) -> None:
+    def fill(self, length: int, num_stored: int, positions: torch.Tensor | None, starts: torch.Tensor | None) -> None:
         """Hold these tokens, as saved before."""
         long_text, capacity, ring = self.long_text, self.capacity, self.ring
         self.reset()
@@ -418,8 +416,8 @@ class LayerState:
         device: Where the layer computes.
 
     Attributes:
-        codes: For each kind uint8 `[B, M, R, capacity]`. Stage-major with tokens contiguous: a kernel reads one stage of
-            consecutive tokens in one go.
+        codes: For each kind uint8 `[B, M, R, capacity]`, stage-major with tokens contiguous: a kernel reads one stage
+            of consecutive tokens in one go.
         exact: For each kind `[B, H, sink_length + ring, D]`: sinks, then the ring.
     """
 
