@@ -72,23 +72,38 @@ def attention_oracle(
 
 
 def visible_oracle(
-    num_codes: int,
-    num_exact: int,
-    num_queries: int,
-    starts: torch.Tensor,
-    sink_counts: torch.Tensor,
+    counts: dict[str, list[int]],
+    capacity: int,
     sink_length: int,
+    ring_length: int,
+    num_queries: int,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each query of a decode step sees, `[B, 1 or Hq, Q, C + E]`: codes, then sinks, then the window."""
-    batch = starts.numel()
-    visible = torch.ones(batch, 1, num_queries, num_codes + num_exact, dtype=torch.bool)
-    if mask is None:
-        for i in range(num_queries):
-            visible[:, :, i, num_codes + num_exact - num_queries + 1 + i :] = False
-    else:
-        visible = mask.cpu().clone()
+    """What each query of a decode step sees, `[B, 1 or Hq, Q, C + sink_length + W + Q]`.
+
+    The last axis holds codes, slots of sinks, slots of the ring, and new tokens; `counts` has a number for each row of
+    the batch under each name of `Count`.
+    """
+    batch = len(counts["NUM_CODES"])
+    num_heads = 1 if mask is None else mask.shape[1]
+    visible = torch.zeros(batch, num_heads, num_queries, capacity + sink_length + ring_length + num_queries).bool()
     for row in range(batch):
-        visible[row, ..., : int(starts[row])] = False
-        visible[row, ..., num_codes + int(sink_counts[row]) : num_codes + sink_length] = False
+        here = {name: numbers[row] for name, numbers in counts.items()}
+        # The token in each place; -1 where there is none.
+        codes = torch.full((capacity,), -1)
+        seen = range(here["FIRST_CODE"], here["NUM_CODES"])
+        codes[seen.start : seen.stop] = sink_length + torch.arange(seen.start, max(seen.start, seen.stop))
+        sinks = torch.full((sink_length,), -1)
+        sinks[: here["NUM_SINKS"]] = here["FIRST_TOKEN"] + torch.arange(here["NUM_SINKS"])
+        ring = torch.full((ring_length,), -1)
+        for i in range(here["NUM_EXACT"]):
+            ring[(here["RING_HEAD"] + i) % ring_length] = here["NUM_STORED"] + i
+        new = here["NUM_STORED"] + here["NUM_EXACT"] + torch.arange(num_queries)
+        tokens = torch.cat([codes, sinks, ring, new])
+        for query in range(num_queries):
+            if mask is None:
+                visible[row, :, query] = (tokens >= 0) & ~torch.isin(tokens, new[query + 1 :])
+            else:
+                allowed = mask.cpu()[row % mask.shape[0], :, query]
+                visible[row, :, query] = (tokens >= 0) & allowed[:, tokens.clamp(min=0)]
     return visible

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,32 @@ OLDEST_CAPABILITY = (8, 0)
 HEAD_DIMS = (64, 80, 96, 128, 160, 192, 256)
 MAX_QUERIES = 16
 NUM_CENTROIDS = 256
+# Tokens of a page of codes; capacities are multiples of it.
+PAGE_TOKENS = 64
+
+
+class Count(IntEnum):
+    """Rows of `counts`, int32 `[len(Count), B]`: how far each row of a batch has come.
+
+    Attributes:
+        NUM_CODES: Coded tokens: codes j < NUM_CODES exist.
+        FIRST_CODE: Codes before this one are padding or sinks and never seen.
+        FIRST_POSITION: Position of code 0; code j stands at FIRST_POSITION + j.
+        NUM_SINKS: Filled slots of sinks.
+        FIRST_TOKEN: Token that sink slot 0 holds.
+        NUM_STORED: The oldest token of the ring.
+        RING_HEAD: Ring slot of that token.
+        NUM_EXACT: Tokens in the ring, without the new ones of this step.
+    """
+
+    NUM_CODES = 0
+    FIRST_CODE = 1
+    FIRST_POSITION = 2
+    NUM_SINKS = 3
+    FIRST_TOKEN = 4
+    NUM_STORED = 5
+    RING_HEAD = 6
+    NUM_EXACT = 7
 
 
 @cache

@@ -8,32 +8,78 @@ cache line instead of a trip to L2. Partial scores are added in integers, so the
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from .key_tables import KeyTables
+from . import PAGE_TOKENS, Count
 
 # Scores are kept in units of 2^-14 of a log2: rounding eight partial sums changes a softmax weight by less than 1e-4
 # of itself (bfloat16 rounds to 4e-3), and an int32 holds logits up to 90,000 in magnitude. Partial sums may wrap.
 SCORE_SCALE = 1 << 14
 MAX_GROUP = 4
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = PAGE_TOKENS
 NUM_WARPS = 4
 PROGRAMS_PER_SM = 4
+NUM_CODES = tl.constexpr(int(Count.NUM_CODES))
+FIRST_POSITION = tl.constexpr(int(Count.FIRST_POSITION))
+
+
+class Launch(NamedTuple):
+    """A kernel's grid, its integers and its constants: what is decided by shapes and the device."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+
+class Splits(NamedTuple):
+    """Into how many programs the token blocks of a unit are split; each finds its own on the device, by `find_blocks`.
+
+    Attributes:
+        splits: Programs of a long text.
+        few_splits: Programs of a short text.
+        few_blocks: Texts of up to so many blocks are short.
+    """
+
+    splits: int
+    few_splits: int
+    few_blocks: int
 
 
 @triton.jit
-def load_words(codes, word, stage, stages, stride_stage, num_words, GROUP: tl.constexpr, EVEN: tl.constexpr):
-    """Codes of GROUP stages, four tokens a word."""
+def find_blocks(num_codes, split, splits, few_splits, few_blocks, BT: tl.constexpr):
+    """The first block of a program, the one behind its last, and the blocks of each; the last programs may get none."""
+    num_blocks = (num_codes + BT - 1) // BT
+    splits = tl.where(num_blocks <= few_blocks, few_splits, splits)
+    share = (num_blocks + splits - 1) // splits
+    first = tl.minimum(split * share, num_blocks)
+    return first, tl.minimum(first + share, num_blocks), share
+
+
+@triton.jit
+def find_codes(codes, block_table, row, block, last, page_stride, stage_stride, capacity, PAGED: tl.constexpr):
+    """Where the first stage of a block of 64 tokens begins, in words of four tokens."""
+    if PAGED:
+        # Entries behind the last block may name no page.
+        page = tl.load(block_table + row * (capacity // 64) + block, mask=block < last, other=0)
+        return codes + page.to(tl.int64) * page_stride
+    else:
+        return codes + row * page_stride + block * 16
+
+
+@triton.jit
+def load_words(place, stage, stages, stage_stride, block, num_codes, GROUP: tl.constexpr, EVEN: tl.constexpr):
+    """Codes of GROUP stages of a block, four tokens a word."""
+    word = tl.arange(0, 16)
     words = ()
     for i in tl.static_range(GROUP):
-        if EVEN:
-            valid = word < num_words
-        else:
-            valid = (word < num_words) & (word * 0 + stage + i < stages)
-        words = words + (tl.load(codes + (stage + i) * stride_stage + word, mask=valid, other=0),)
+        valid = (block * 16 + word) * 4 < num_codes
+        if not EVEN:
+            valid = valid & (word * 0 + stage + i < stages)
+        words = words + (tl.load(place + (stage + i) * stage_stride + word, mask=valid, other=0),)
     return words
 
 
@@ -58,36 +104,38 @@ def gather_rows(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_blocks"], do_not_specialize_on_alignment=["num_groups", "blocks_per_program"]
+    do_not_specialize=["batch", "capacity_blocks", "splits", "few_splits", "few_blocks"],
+    do_not_specialize_on_alignment=["num_groups"],
 )
 def _key_scores(
     query,  # [B, H, N, D]
-    codes,  # int32 words of [B, M, R, C]
+    codes,  # uint8 [B, M, R, C], or pages [P, M, R, 64]
     tables,
     subspaces,
     frequencies,
     amplitudes,
-    first_position,  # int32 [B]
-    scores,  # int32 [B, H, N, scores_stride], added to
-    num_tokens,
+    block_table,  # int32 [B, C / 64], or anything
+    counts,  # int32 [.., B]
+    workspace,  # begins with scores, int32 [B, H, N, C], added to
+    scale,
+    batch,
+    capacity_blocks,
     stages,
     num_slices,
     num_groups,
-    num_blocks,
-    blocks_per_program,
-    scale,
-    stride_batch,
-    stride_subspace,
-    stride_stage,
-    scores_stride,
+    splits,
+    few_splits,
+    few_blocks,
     H: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
+    M: tl.constexpr,
     ROTARY: tl.constexpr,
     P: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     PAIRED: tl.constexpr,
+    PAGED: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -96,8 +144,13 @@ def _key_scores(
     head_slice = unit // num_groups % (num_slices * H)
     row = unit // (num_groups * num_slices * H)
     head = head_slice // num_slices
-    first = tl.program_id(1) * blocks_per_program
-    last = tl.minimum(first + blocks_per_program, num_blocks)
+    num_codes = tl.load(counts + NUM_CODES * batch + row)
+    first, last, _ = find_blocks(num_codes, tl.program_id(1), splits, few_splits, few_blocks, BT)
+    if first >= last:
+        return
+    capacity = capacity_blocks * 64
+    scores = workspace.to(tl.pointer_type(tl.int32), bitcast=True)
+    codes = codes.to(tl.pointer_type(tl.int32), bitcast=True)
 
     i = tl.arange(0, P)
     pair = head_slice % num_slices * P + i
@@ -112,7 +165,7 @@ def _key_scores(
     q_b = tl.load(q_row + channel_b[None, :], mask=n[:, None] < N, other=0.0).to(tl.float32) * amplitude[None, :]
     # q . R(p + j) k = (R(-p) q) . R(j) k: the query turns back by the position p of the block's first token, each key
     # by its place j in the block, whose cosines are the same for all blocks and stay in registers.
-    angle = (tl.load(first_position + row) + first * BT).to(tl.float32) * frequency
+    angle = (tl.load(counts + FIRST_POSITION * batch + row) + first * BT).to(tl.float32) * frequency
     cos = tl.cos(angle)[None, :]
     sin = tl.sin(angle)[None, :]
     q_a, q_b = q_a * cos + q_b * sin, q_b * cos - q_a * sin
@@ -127,26 +180,29 @@ def _key_scores(
 
     rest = stages - stage
     table = tables + (head_slice * stages + stage) * (256 * 2 * P)
-    codes_a = codes + row * stride_batch + tl.load(subspaces + head_slice * 2).to(tl.int64) * stride_subspace
-    codes_b = codes + row * stride_batch + tl.load(subspaces + head_slice * 2 + 1).to(tl.int64) * stride_subspace
-    out = scores + (row * H + head) * N * scores_stride
-    num_words = (num_tokens + 3) // 4
-    word = first * (BT // 4) + tl.arange(0, BT // 4)
+    stage_stride = 16 if PAGED else capacity // 4
+    page_stride = M * stages * stage_stride
+    codes_a = codes + tl.load(subspaces + head_slice * 2).to(tl.int64) * stages * stage_stride
+    codes_b = codes + tl.load(subspaces + head_slice * 2 + 1).to(tl.int64) * stages * stage_stride
+    out = scores + (row * H + head) * N * capacity
     # Codes are loaded one block ahead: nothing else hides the way to memory.
-    next_a = load_words(codes_a, word, stage, stages, stride_stage, num_words, GROUP, EVEN)
+    place = find_codes(codes_a, block_table, row, first, last, page_stride, stage_stride, capacity, PAGED)
+    next_a = load_words(place, stage, stages, stage_stride, first, num_codes, GROUP, EVEN)
     if not PAIRED:
-        next_b = load_words(codes_b, word, stage, stages, stride_stage, num_words, GROUP, EVEN)
+        place = find_codes(codes_b, block_table, row, first, last, page_stride, stage_stride, capacity, PAGED)
+        next_b = load_words(place, stage, stages, stage_stride, first, num_codes, GROUP, EVEN)
     for block in range(first, last):
         words_a = next_a
-        word += BT // 4
-        next_a = load_words(codes_a, word, stage, stages, stride_stage, num_words, GROUP, EVEN)
+        place = find_codes(codes_a, block_table, row, block + 1, last, page_stride, stage_stride, capacity, PAGED)
+        next_a = load_words(place, stage, stages, stage_stride, block + 1, num_codes, GROUP, EVEN)
         if PAIRED:
             # At most GROUP - 1 roundings to 2^-11, where the keys that bfloat16 attention reads have one to 2^-8.
             total = gather_rows(table, words_a, tl.arange(0, 2 * P), rest, 2 * P, GROUP, EVEN, BT, tl.float16)
             x_a, x_b = tl.split(total.reshape([BT, P // 2, 2, 2]).permute([0, 1, 3, 2]))
         else:
             words_b = next_b
-            next_b = load_words(codes_b, word, stage, stages, stride_stage, num_words, GROUP, EVEN)
+            place = find_codes(codes_b, block_table, row, block + 1, last, page_stride, stage_stride, capacity, PAGED)
+            next_b = load_words(place, stage, stages, stage_stride, block + 1, num_codes, GROUP, EVEN)
             x_a = gather_rows(table, words_a, i, rest, 2 * P, GROUP, EVEN, BT, tl.float16).reshape([BT, P // 2, 2])
             x_b = gather_rows(table, words_b, i + P, rest, 2 * P, GROUP, EVEN, BT, tl.float16).reshape([BT, P // 2, 2])
         # Pairs stay next to each other through the rotation, so that it compiles to two-at-a-time arithmetic.
@@ -155,97 +211,99 @@ def _key_scores(
         s = tl.dot(y, tl.trans(q.permute([0, 1, 3, 2]).reshape([BN, 2 * P]))) * scale
         q_a, q_b = q_a * step_cos + q_b * step_sin, q_b * step_cos - q_a * step_sin
         t = block * BT + offsets
-        valid = (n[None, :] < N) & (t[:, None] < num_tokens)
+        valid = (n[None, :] < N) & (t[:, None] < num_codes)
         fixed = (s + tl.where(s > 0, 0.5, -0.5)).to(tl.int32)
-        tl.atomic_add(out + n.to(tl.int64)[None, :] * scores_stride + t[:, None], fixed, mask=valid, sem="relaxed")
+        tl.atomic_add(out + n.to(tl.int64)[None, :] * capacity + t[:, None], fixed, mask=valid, sem="relaxed")
 
 
-def key_scores(
-    query: torch.Tensor,
-    words: torch.Tensor,
-    num_tokens: int,
-    keys: KeyTables,
-    first_position: torch.Tensor,
-    scaling: float,
+def plan_key_scores(
+    batch: int,
+    num_heads: int,
+    num_rows: int,
+    head_dim: int,
+    num_subspaces: int,
+    tables: tuple[int, ...],
+    rotary_dim: int,
+    paired: bool,
+    capacity: int,
+    paged: bool,
     num_sms: int,
-) -> torch.Tensor:
-    """Scores of every query against every coded key.
+) -> Launch:
+    """How to launch the scores of every query against every coded key.
+
+    The kernel adds to the int32 `[B, H, N, C]` that the workspace begins with: scaling * q.k * log2(e) in units of
+    1 / `SCORE_SCALE`.
 
     Args:
-        query: `[B, H, N, D]`, contiguous, float16 or bfloat16, rotated; N = G * Q.
-        words: int32 view of codes `[B, M, R, C]`, four tokens a word.
-        num_tokens: C.
-        keys: The prepared codebook.
-        first_position: int32 `[B]`: position of code 0 of each row.
-        scaling: Factor of the scores.
+        batch: B.
+        num_heads: H.
+        num_rows: N = G * Q.
+        head_dim: D.
+        num_subspaces: M.
+        tables: Shape of `KeyTables.tables`.
+        rotary_dim: Rotating channels of a head.
+        paired: As in `KeyTables`.
+        capacity: C, the most coded tokens.
+        paged: Whether codes are read through a block table.
         num_sms: Multiprocessors of the device.
-
-    Returns:
-        int32 `[B, H, N, C rounded up to 16]`: scaling * q.k * log2(e) in units of 1 / `SCORE_SCALE`.
     """
-    batch, num_heads, num_rows, head_dim = query.shape
-    num_stages = keys.tables.shape[1]
-    pairs = keys.tables.shape[-1] // 2
-    num_slices = keys.tables.shape[0] // num_heads
+    num_stages, pairs = tables[1], tables[-1] // 2
+    num_slices = tables[0] // num_heads
     # A group of 64-pair rows takes as many bytes as one of twice as many stages of 32 pairs.
     num_groups = -(-num_stages // max(1, MAX_GROUP * 32 // max(pairs, 32)))
     group = -(-num_stages // num_groups)
     units = batch * num_heads * num_slices * num_groups
-    num_blocks = -(-num_tokens // BLOCK_TOKENS)
-    splits = choose_splits(units, num_blocks, num_sms * PROGRAMS_PER_SM)
+    splits, _ = choose_splits(units, capacity // BLOCK_TOKENS, num_sms * PROGRAMS_PER_SM)
     block_rows = min(32, max(8, 1 << (num_rows - 1).bit_length()))
-    scores = torch.zeros(batch, num_heads, num_rows, -(-num_tokens // 16) * 16, dtype=torch.int32, device=query.device)
-    blocks_per_program = -(-num_blocks // splits)
-    grid = (units, -(-num_blocks // blocks_per_program), -(-num_rows // block_rows))
-    _key_scores[grid](
-        query,
-        words,
-        keys.tables,
-        keys.subspaces,
-        keys.frequencies,
-        keys.amplitudes,
-        first_position,
-        scores,
-        num_tokens,
-        num_stages,
-        num_slices,
-        num_groups,
-        num_blocks,
-        blocks_per_program,
-        scaling * 1.4426950408889634 * SCORE_SCALE * 2.0**keys.exponent,
-        *words.stride()[:3],
-        scores.shape[-1],
-        H=num_heads,
-        N=num_rows,
-        D=head_dim,
-        ROTARY=keys.rotary_dim,
-        P=pairs,
-        GROUP=group,
-        EVEN=num_stages % group == 0,
-        PAIRED=keys.paired,
-        BN=block_rows,
-        BT=BLOCK_TOKENS,
-        num_warps=NUM_WARPS,
-        # Prefetching through shared memory, Triton's default, would cost a round trip for every gathered row.
-        num_stages=1,
+    return Launch(
+        _key_scores,
+        (units, splits.splits, -(-num_rows // block_rows)),
+        (batch, capacity // PAGE_TOKENS, num_stages, num_slices, num_groups, *splits),
+        {
+            "H": num_heads,
+            "N": num_rows,
+            "D": head_dim,
+            "M": num_subspaces,
+            "ROTARY": rotary_dim,
+            "P": pairs,
+            "GROUP": group,
+            "EVEN": num_stages % group == 0,
+            "PAIRED": paired,
+            "PAGED": paged,
+            "BN": block_rows,
+            "BT": BLOCK_TOKENS,
+            "num_warps": NUM_WARPS,
+            # Prefetching through shared memory, Triton's default, would cost a round trip for every gathered row.
+            "num_stages": 1,
+        },
     )
-    return scores
 
 
 @lru_cache(maxsize=4096)
-def choose_splits(units: int, num_blocks: int, slots: int, startup: float = 4.0) -> int:
+def choose_splits(
+    units: int, num_blocks: int, slots: int, startup: float = 4.0, waves: int = 4
+) -> tuple[Splits, float]:
     """Into how many programs to split the blocks of each unit so that whole waves of programs are full.
 
     Args:
         units: Independent pieces of work.
-        num_blocks: Token blocks of each.
+        num_blocks: Token blocks of each, at capacity.
         slots: Programs that run at a time.
         startup: Cost of starting a program, in blocks: its part of the codebook comes from L2.
+        waves: Programs that may run one after another.
+
+    Returns:
+        The splits, and the time at capacity, in blocks.
     """
 
-    def cost(splits: int) -> float:
-        waves = -(-units * splits // slots)
-        return waves * (-(-num_blocks // splits) + startup)
+    def cost(splits: int, blocks: int) -> float:
+        share = -(-blocks // splits)
+        return -(-units * -(-blocks // share) // slots) * (share + startup)
 
-    most = max(1, min(num_blocks, 4 * slots // units + 1))
-    return min(range(1, most + 1), key=cost)
+    most = max(1, min(num_blocks, waves * slots // units + 1))
+    splits = min(range(1, most + 1), key=lambda splits: cost(splits, num_blocks))
+    # Several waves are for a long text; in a short one, starting programs would take most of the time.
+    few = max(1, min(splits, slots // units))
+    lengths = (1 << bits for bits in range(num_blocks.bit_length()))
+    few_blocks = max((blocks for blocks in lengths if cost(few, blocks) < cost(splits, blocks)), default=0)
+    return Splits(splits, few, few_blocks), cost(splits, num_blocks)

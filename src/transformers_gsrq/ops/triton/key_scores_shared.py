@@ -7,15 +7,12 @@ them.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .key_scores import SCORE_SCALE
-from .key_tables import KeyTables
+from . import PAGE_TOKENS, Count
+from .key_scores import Launch, choose_splits
 
 # Shared memory that the tables of one stage take.
 STAGE_BYTES = 32 * 1024
@@ -29,6 +26,9 @@ MAX_ROWS = 8
 BLOCK_OVERHEAD = 3.0
 PROLOGUE = 16.0
 STARTUP = 1.0
+MAX_WAVES = 8
+NUM_CODES = gl.constexpr(int(Count.NUM_CODES))
+FIRST_POSITION = gl.constexpr(int(Count.FIRST_POSITION))
 
 
 @gluon.jit
@@ -80,13 +80,22 @@ def _pack_pairs(x):
 
 
 @gluon.jit
-def _load_words(codes, word, rest, stride_stage, num_words, GROUP: gl.constexpr, EVEN: gl.constexpr):
+def _load_words(
+    codes, block_table, page_stride, stage_stride, word, rest, num_codes,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, PAGED: gl.constexpr,
+):  # fmt: skip
+    present = word * 4 < num_codes
+    if PAGED:
+        page = gl.load(block_table + word // 16, mask=present, other=0).to(gl.int64)
+        place = codes + page * page_stride + word % 16
+    else:
+        place = codes + word
     words = ()
     for i in gl.static_range(GROUP):
-        valid = word < num_words
+        valid = present
         if not EVEN:
             valid = valid & (word * 0 + i < rest)
-        words = words + (gl.load(codes + i * stride_stage + word, mask=valid, other=0),)
+        words = words + (gl.load(place + i * stage_stride, mask=valid, other=0),)
     return words
 
 
@@ -111,34 +120,36 @@ def _swap_columns(x, turned, ROWS: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["num_tokens", "num_blocks"], do_not_specialize_on_alignment=["groups", "blocks_per_program"]
+    do_not_specialize=["batch", "capacity_blocks", "splits", "few_splits", "few_blocks"],
+    do_not_specialize_on_alignment=["num_groups"],
 )
 def _key_scores_shared(
     query,  # [B, H, N, D]
-    codes,  # int32 words of [B, M, R, C]
-    tables,  # int64 [H * slices, R, 256, 16]
+    codes,  # uint8 [B, M, R, C], or pages [P, M, R, 64]
+    tables,  # float16 [H * slices, R, 256, 64]
     subspaces,
     frequencies,
     amplitudes,
-    first_position,  # int32 [B]
-    scores,  # int32 [B, H, N, scores_stride], added to
-    num_tokens,
-    stages,
-    slices,
-    groups,
-    num_blocks,
-    blocks_per_program,
+    block_table,  # int32 [B, C / 64], or anything
+    counts,  # int32 [.., B]
+    workspace,  # begins with scores, int32 [B, H, N, C], added to
     scale,
-    stride_batch,
-    stride_subspace,
-    stride_stage,
-    scores_stride,
+    batch,
+    capacity_blocks,
+    stages,
+    num_slices,
+    num_groups,
+    splits,
+    few_splits,
+    few_blocks,
     H: gl.constexpr,
     N: gl.constexpr,
     D: gl.constexpr,
+    M: gl.constexpr,
     ROTARY: gl.constexpr,
     GROUP: gl.constexpr,
     EVEN: gl.constexpr,
+    PAGED: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     # A step takes 16 tokens a warp, one of each word of codes; a block is the four steps of its words.
@@ -155,13 +166,24 @@ def _key_scores_shared(
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
 
     unit = gl.program_id(0).to(gl.int64)
-    stage = unit % groups * GROUP
-    head_slice = unit // groups % (slices * H)
-    row = unit // (groups * slices * H)
-    head = head_slice // slices
-    first_pair = head_slice % slices * 32
-    first = gl.program_id(1) * blocks_per_program
-    last = gl.minimum(first + blocks_per_program, num_blocks)
+    stage = unit % num_groups * GROUP
+    head_slice = unit // num_groups % (num_slices * H)
+    row = unit // (num_groups * num_slices * H)
+    head = head_slice // num_slices
+    first_pair = head_slice % num_slices * 32
+    # Blocks are shared out as by `find_blocks`.
+    num_codes = gl.load(counts + NUM_CODES * batch + row)
+    num_blocks = (num_codes + 4 * ROWS - 1) // (4 * ROWS)
+    splits = gl.where(num_blocks <= few_blocks, few_splits, splits)
+    share = (num_blocks + splits - 1) // splits
+    first = gl.program_id(1) * share
+    last = gl.minimum(first + share, num_blocks)
+    if first >= last:
+        return
+    capacity = capacity_blocks * 64
+    scores = workspace.to(gl.pointer_type(gl.int32), bitcast=True)
+    codes = codes.to(gl.pointer_type(gl.int32), bitcast=True)
+    tables = tables.to(gl.pointer_type(gl.int64), bitcast=True)
 
     table = gl.allocate_shared_memory(gl.int64, [GROUP, 4096], SHARED)
     words = gl.arange(0, 4096, layout=COPY)
@@ -181,7 +203,7 @@ def _key_scores_shared(
     place = query + ((row * H + head) * N + n[:, None]) * D
     q_a = gl.load(place + channel_a[None, :], mask=n[:, None] < N, other=0.0).to(gl.float32) * amplitude
     q_b = gl.load(place + channel_b[None, :], mask=n[:, None] < N, other=0.0).to(gl.float32) * amplitude
-    angle = (gl.load(first_position + row) + first * (4 * ROWS)).to(gl.float32) * frequency
+    angle = (gl.load(counts + FIRST_POSITION * batch + row) + first * (4 * ROWS)).to(gl.float32) * frequency
     cos = gl.cos(angle)[None, :]
     sin = gl.sin(angle)[None, :]
     q_a, q_b = q_a * cos + q_b * sin, q_b * cos - q_a * sin
@@ -202,20 +224,27 @@ def _key_scores_shared(
     key_cos = _pack(gl.cos(even), gl.cos(odd))
     key_sin = _pack(gl.sin(even), gl.sin(odd))
 
-    subspace = gl.load(subspaces + head_slice * 2).to(gl.int64)
-    codes += row * stride_batch + subspace * stride_subspace + stage * stride_stage
-    num_words = (num_tokens + 3) // 4
+    stage_stride = 16 if PAGED else capacity // 4
+    page_stride = M * stages * stage_stride
+    codes += (gl.load(subspaces + head_slice * 2).to(gl.int64) * stages + stage) * stage_stride
+    if PAGED:
+        block_table += row * capacity_blocks
+    else:
+        codes += row * page_stride
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
     o = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
-    out = scores + ((row * H + head) * N + o[None, :]) * scores_stride
+    out = scores + ((row * H + head) * N + o[None, :]) * capacity
     word = first * ROWS + r
-    next_words = _load_words(codes, word, stages - stage, stride_stage, num_words, GROUP, EVEN)
+    rest = stages - stage
+    next_words = _load_words(codes, block_table, page_stride, stage_stride, word, rest, num_codes, GROUP, EVEN, PAGED)
     gl.barrier()
     for block in range(first, last):
         # Codes are loaded one block ahead.
         packed = next_words
         word += ROWS
-        next_words = _load_words(codes, word, stages - stage, stride_stage, num_words, GROUP, EVEN)
+        next_words = _load_words(
+            codes, block_table, page_stride, stage_stride, word, rest, num_codes, GROUP, EVEN, PAGED
+        )
         # The query turns by a block in float32 and inside a block, three times by a token, in float16.
         half_a = _pack_pairs(q_a)
         half_b = _pack_pairs(q_b)
@@ -253,99 +282,73 @@ def _key_scores_shared(
             )
             fixed = _round(s * scale)
             t = (block * ROWS + m) * 4 + j
-            gl.atomic_add(out + t[:, None], fixed, mask=(t[:, None] < num_tokens) & (o[None, :] < N), sem="relaxed")
+            gl.atomic_add(out + t[:, None], fixed, mask=(t[:, None] < num_codes) & (o[None, :] < N), sem="relaxed")
             if j < 3:
                 # Back by an angle is forth by its negative.
                 half_a, half_b = _turn(half_a, half_b, step_cos, step_sin)
 
 
-def supports(keys: KeyTables, num_rows: int) -> bool:
-    """Whether the kernel can take this codebook and N = `num_rows` queries of each KV head."""
-    return keys.paired and keys.tables.shape[-1] == 64 and num_rows <= MAX_ROWS
+def supports(tables: tuple[int, ...], paired: bool, num_rows: int) -> bool:
+    """Whether the kernel can take `KeyTables.tables` of this shape and N = `num_rows` queries of each KV head."""
+    return paired and tables[-1] == 64 and num_rows <= MAX_ROWS
 
 
-@lru_cache(maxsize=4096)
-def _plan(units: int, stages: int, num_blocks: int, num_sms: int, max_group: int) -> tuple[int, int]:
-    """Stages of a program and blocks of a program that keep all SMs busy for the shortest time.
-
-    Args:
-        units: Slices of channel pairs, over all heads and rows.
-        stages: R.
-        num_blocks: Blocks of tokens.
-        num_sms: Programs that run at a time.
-        max_group: Stages whose tables fit in shared memory.
-    """
-    best = None
-    for groups in range(-(-stages // max_group), stages + 1):
-        group = -(-stages // groups)
-        for waves in range(1, 9):
-            splits = min(num_blocks, max(1, waves * num_sms // (units * groups)))
-            blocks = -(-num_blocks // splits)
-            programs = units * groups * -(-num_blocks // blocks)
-            cost = -(-programs // num_sms) * (blocks * (group + BLOCK_OVERHEAD) + group * STARTUP + PROLOGUE)
-            if best is None or cost < best[0]:
-                best = cost, group, blocks
-    return best[1:]
-
-
-def key_scores_shared(
-    query: torch.Tensor,
-    words: torch.Tensor,
-    num_tokens: int,
-    keys: KeyTables,
-    first_position: torch.Tensor,
-    scaling: float,
+def plan_key_scores_shared(
+    batch: int,
+    num_heads: int,
+    num_rows: int,
+    head_dim: int,
+    num_subspaces: int,
+    tables: tuple[int, ...],
+    rotary_dim: int,
+    capacity: int,
+    paged: bool,
     num_sms: int,
     shared_bytes: int,
-) -> torch.Tensor:
-    """The same as `key_scores`, where `supports` says so.
+) -> Launch:
+    """The same as `plan_key_scores`, where `supports` says so; stages and splits keep all SMs busy the shortest time.
 
     Args:
-        query: `[B, H, N, D]`, contiguous, float16 or bfloat16, rotated; N = G * Q.
-        words: int32 view of codes `[B, M, R, C]`, four tokens a word.
-        num_tokens: C.
-        keys: The prepared codebook.
-        first_position: int32 `[B]`: position of code 0 of each row.
-        scaling: Factor of the scores.
-        num_sms: Multiprocessors of the device.
+        batch: B.
+        num_heads: H.
+        num_rows: N = G * Q.
+        head_dim: D.
+        num_subspaces: M.
+        tables: Shape of `KeyTables.tables`.
+        rotary_dim: Rotating channels of a head.
+        capacity: C, the most coded tokens.
+        paged: Whether codes are read through a block table.
+        num_sms: Multiprocessors of the device; each runs one program.
         shared_bytes: Shared memory that a program may have on the device.
-
-    Returns:
-        int32 `[B, H, N, C rounded up to 16]`: scaling * q.k * log2(e) in units of 1 / `SCORE_SCALE`.
     """
-    batch, num_heads, num_rows, head_dim = query.shape
-    num_stages = keys.tables.shape[1]
-    num_slices = keys.tables.shape[0] // num_heads
-    num_blocks = -(-num_tokens // BLOCK_TOKENS)
-    units = batch * num_heads * num_slices
-    group, blocks = _plan(units, num_stages, num_blocks, num_sms, min(MAX_GROUP, shared_bytes // STAGE_BYTES))
+    num_stages, num_slices = tables[1], tables[0] // num_heads
+    max_group = min(MAX_GROUP, shared_bytes // STAGE_BYTES)
+    num_blocks = -(-capacity // BLOCK_TOKENS)
+    best = None
+    for groups in range(-(-num_stages // max_group), num_stages + 1):
+        group = -(-num_stages // groups)
+        units = batch * num_heads * num_slices * groups
+        step = group + BLOCK_OVERHEAD
+        startup = (group * STARTUP + PROLOGUE) / step
+        splits, blocks = choose_splits(units, num_blocks, num_sms, startup, MAX_WAVES)
+        if best is None or blocks * step < best[0]:
+            best = blocks * step, group, splits
+    _, group, splits = best
     groups = -(-num_stages // group)
-    scores = torch.zeros(batch, num_heads, num_rows, -(-num_tokens // 16) * 16, dtype=torch.int32, device=query.device)
-    _key_scores_shared[units * groups, -(-num_blocks // blocks)](
-        query,
-        words,
-        keys.tables.view(torch.int64),
-        keys.subspaces,
-        keys.frequencies,
-        keys.amplitudes,
-        first_position,
-        scores,
-        num_tokens,
-        num_stages,
-        num_slices,
-        groups,
-        num_blocks,
-        blocks,
-        scaling * 1.4426950408889634 * SCORE_SCALE * 2.0**keys.exponent,
-        *words.stride()[:3],
-        scores.shape[-1],
-        H=num_heads,
-        N=num_rows,
-        D=head_dim,
-        ROTARY=keys.rotary_dim,
-        GROUP=group,
-        EVEN=num_stages % group == 0,
-        WARPS=NUM_WARPS,
-        num_warps=NUM_WARPS,
+    return Launch(
+        _key_scores_shared,
+        (batch * num_heads * num_slices * groups, splits.splits),
+        (batch, capacity // PAGE_TOKENS, num_stages, num_slices, groups, *splits),
+        {
+            "H": num_heads,
+            "N": num_rows,
+            "D": head_dim,
+            "M": num_subspaces,
+            "ROTARY": rotary_dim,
+            "GROUP": group,
+            "EVEN": num_stages % group == 0,
+            "PAGED": paged,
+            "WARPS": NUM_WARPS,
+            "num_warps": NUM_WARPS,
+        },
     )
-    return scores
