@@ -9,40 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import torch
 
+from .ops.triton import PAGE_TOKENS, Count
 from .rope import Rotary
 
-# Room for codes is a multiple of this many tokens, so that rows are aligned for kernels and could be pages.
-PAGE = 64
+# Slots of a ring are a multiple of this.
 RING_UNIT = 16
-
-
-class Count(IntEnum):
-    """Rows of the counts that kernels read, int32 `[len(Count), B]` on the device.
-
-    Attributes:
-        NUM_CODES: Coded tokens; code j is that of token `sink_length` + j.
-        FIRST_CODE: Codes before this one are padding or sinks and are never seen.
-        FIRST_POSITION: Position of code 0; code j stands j further.
-        NUM_SINKS: Sinks that are filled.
-        FIRST_TOKEN: Token of the first sink.
-        NUM_STORED: Tokens that have left the window: the oldest exact token.
-        RING_HEAD: Its slot in the ring.
-        NUM_EXACT: Exact tokens in the ring, without those of the running pass.
-    """
-
-    NUM_CODES = 0
-    FIRST_CODE = 1
-    FIRST_POSITION = 2
-    NUM_SINKS = 3
-    FIRST_TOKEN = 4
-    NUM_STORED = 5
-    RING_HEAD = 6
-    NUM_EXACT = 7
 
 
 def round_up(number: int, unit: int) -> int:
@@ -196,7 +171,7 @@ class TokenState:
         if num_codes <= self.capacity:
             return self.capacity
         expected = (self.max_length or 0) - self.sink_length - self.residual_length
-        return round_up(expected if expected >= num_codes else max(num_codes, 2 * self.capacity), PAGE)
+        return round_up(expected if expected >= num_codes else max(num_codes, 2 * self.capacity), PAGE_TOKENS)
 
     def ring_for(self, num_exact: int) -> int:
         """Slots of the ring once `num_exact` tokens must fit; a ring that held a long prompt shrinks again."""

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, attach, detach, fused
+from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig, attach, attention, detach
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.ops.triton import gluon_reason, triton_version, unsupported_reason
 
@@ -142,7 +142,7 @@ def test_kernels_are_not_blind(model: LlamaForCausalLM, codebooks: GSRQCodebooks
     cache = make_cache(model, codebooks, "triton")
     decode(model, cache, mask, (1,))
     for layer in cache.compressed_layers:
-        layer.buffers["value"].codes.add_(1)
+        layer.state.codes["value"].add_(1)
     tokens = torch.randint(0, 64, mask.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     with torch.no_grad():
         wrong = model(tokens[:, 21:], **{CACHE_ARGUMENT: cache}).logits.float()
@@ -172,12 +172,13 @@ def test_other_caches_and_prefill_take_the_original(model: LlamaForCausalLM, cod
     with torch.no_grad():
         plain = model(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits
         cache = make_cache(model, codebooks, "triton")
-        assert model.config._attn_implementation == "gsrq_sdpa"
+        assert model.config._attn_implementation == "sdpa"
+        assert model.model.layers[0].self_attn.config._attn_implementation == "gsrq_sdpa"
         assert torch.equal(model(tokens, **{CACHE_ARGUMENT: DynamicCache()}).logits, plain)
         assert torch.equal(model(tokens, **{CACHE_ARGUMENT: cache}).logits, plain)
     assert cache.backend == "torch"
     detach(model)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.model.layers[0].self_attn.config is model.config
 
 
 def test_triton_says_why_it_cannot_run(
@@ -189,8 +190,8 @@ def test_triton_says_why_it_cannot_run(
     eager.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="cannot decode layer 0: the model's attention implementation is 'eager'"):
         decode(eager, make_cache(eager, codebooks, "triton"), mask, (1,))
-    fused._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "transformers_gsrq.fused"):
+    attention.log_path.cache_clear()
+    with caplog.at_level(logging.INFO, "transformers_gsrq.attention"):
         cache = make_cache(eager, codebooks, "auto")
         decode(eager, cache, mask, (1,))
     assert cache.backend == "torch"
@@ -201,8 +202,8 @@ def test_triton_says_why_it_cannot_run(
 def test_which_kernels_run_is_told_once(
     model: LlamaForCausalLM, codebooks: GSRQCodebooks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fused._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "transformers_gsrq.fused"):
+    attention.log_path.cache_clear()
+    with caplog.at_level(logging.INFO, "transformers_gsrq.attention"):
         for _ in range(2):
             decode(model, make_cache(model, codebooks, "triton"), torch.ones(1, 21, dtype=torch.long), (1,))
     assert len(caplog.records) == 1
@@ -211,36 +212,50 @@ def test_which_kernels_run_is_told_once(
     assert caplog.text.rstrip().endswith(expected)
 
 
-def test_an_unread_note_is_an_error(
+def test_attention_that_is_never_called_is_an_error(
     model: LlamaForCausalLM, codebooks: GSRQCodebooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A model that does not ask for the attention function of its config would see the newest tokens only."""
     cache = make_cache(model, codebooks, "triton")
     mask = torch.ones(1, 21, dtype=torch.long)
-    monkeypatch.setattr(fused, "choose", lambda *args: True)
-    # It would give the model our attention function again.
-    monkeypatch.setattr(fused, "begin", lambda *args: None)
-    model.config._attn_implementation_internal = "sdpa"
-    with pytest.raises(RuntimeError, match="newest tokens only"):
-        decode(model, cache, mask, (1,))
-    fused.route(model)
+    tokens = torch.zeros(1, 21, dtype=torch.long, device=DEVICE)
+    with torch.no_grad():
+        model(tokens[:, :20], **{CACHE_ARGUMENT: cache})
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def unmasked(module: object, query: object, key: object, value: object, mask: object, **kwargs: object) -> object:
+            return sdpa(module, query, key, value, None, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: unmasked)
+            with pytest.raises(RuntimeError, match="newest tokens only"):
+                model(tokens[:, 20:], **{CACHE_ARGUMENT: cache})
+        assert cache.get_seq_length() == 20
+        model(tokens[:, 20:], attention_mask=mask.to(DEVICE), **{CACHE_ARGUMENT: cache})
+    assert cache.backend == "triton"
 
 
-def test_threads_find_their_own_notes(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
-    """Two threads run one model, each with its own cache, and both are between `update` and attention."""
-    module, both, found = model.model.layers[0].self_attn, threading.Barrier(2, timeout=60), {}
+def test_threads_read_their_own_caches(model: LlamaForCausalLM, codebooks: GSRQCodebooks) -> None:
+    """Two threads run one model, each with its own cache, and meet between `update` and attention."""
+    mask = torch.ones(1, 22, dtype=torch.long)
+    expected = decode(model, make_cache(model, codebooks, "triton"), mask, (1, 1))
+    other = decode(model, make_cache(model, codebooks, "triton"), torch.ones(2, 22, dtype=torch.long), (1, 1))
+    both, found = threading.Barrier(2, timeout=60), {}
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: (both.wait(), None)[1])
 
-    def run(cache: GSRQCache) -> None:
-        fused.expect(module, cache.layers[0])
-        both.wait()
-        found[cache] = fused._find_expected(module)
+    def run(rows: int) -> None:
+        cache = make_cache(model, codebooks, "triton")
+        found[rows] = decode(model, cache, torch.ones(rows, 22, dtype=torch.long), (1, 1))
 
-    caches = [make_cache(model, codebooks, "auto") for _ in range(2)]
-    threads = [threading.Thread(target=run, args=(cache,)) for cache in caches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(found[cache] is cache.layers[0] for cache in caches)
+    threads = [threading.Thread(target=run, args=(rows,)) for rows in (1, 2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        hook.remove()
+    assert torch.equal(found[1], expected) and torch.equal(found[2], other)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +341,7 @@ def test_memory_counts_the_key_tables(model: LlamaForCausalLM, codebooks: GSRQCo
     for _ in range(3):
         cache = make_cache(model, codebooks, "triton")
         decode(model, cache, torch.ones(1, 21, dtype=torch.long), (1,))
-        tables = fused.table_bytes(cache.compressed_layers[0])
+        tables = cache.compressed_layers[0].quantizers["key"].key_tables(cache.layers[0].rotary).nbytes
         assert tables > 0
         reports.append(cache.memory().codebooks)
     assert reports[0] >= codebooks.config.codebook_bytes + tables
@@ -342,7 +357,7 @@ class Graphs:
         self.operators: list[int] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
-        self.operators.append(sum("cached_attention" in str(node.target) for node in graph.graph.nodes))
+        self.operators.append(sum("decode_attention" in str(node.target) for node in graph.graph.nodes))
         return graph
 
 
@@ -420,30 +435,3 @@ def test_a_failure_in_a_compiled_model_leaves_the_cache_as_it_was(
         assert cache.get_seq_length() == 23
         compiled(tokens[:, 23:], **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 24
-
-
-def test_a_compiled_model_does_not_read_the_note_of_another_pass(
-    model: LlamaForCausalLM, codebooks: GSRQCodebooks
-) -> None:
-    """An eager forward pass that was interrupted leaves a note for the attention that did not come to read it."""
-    tokens = torch.randint(0, 64, (2, 24)).to(DEVICE)
-    interrupted, cache = (make_cache(model, codebooks, "triton") for _ in range(2))
-    with torch.no_grad():
-        expected = model(tokens, **{CACHE_ARGUMENT: make_cache(model, codebooks, "triton")}).logits
-        model(tokens[:1], **{CACHE_ARGUMENT: interrupted})
-        fused.expect(model.model.layers[0].self_attn, interrupted.compressed_layers[0])
-        found = torch.compile(model, backend=Graphs())(tokens, **{CACHE_ARGUMENT: cache}).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_a_compiled_model_without_our_attention_is_an_error(
-    model: LlamaForCausalLM, codebooks: GSRQCodebooks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = make_cache(model, codebooks, "triton")
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: sdpa)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="Run this model without torch.compile"):
-        torch.compile(model, backend=Graphs())(
-            torch.zeros(1, 24, dtype=torch.long).to(DEVICE), **{CACHE_ARGUMENT: cache}
-        )
-    assert cache.get_seq_length() == 0
