@@ -37,7 +37,7 @@ SHAPES = {"llama-3-8b": (8, 4, 128), "qwen2.5-1.5b": (2, 6, 128), "multi-head": 
 # Key and value stages of 128 channels: 2, 1, 1, 0.75 and 0.375 bits.
 RATES = ("32+32", "16+16", "8+24", "12+12", "4+8")
 CONTEXTS = (1024, 8192, 32768, 65536, 131072, 262144)
-EXACT = 4 + 128 + 32
+SINKS, WINDOW = 4, 128 + 32
 # Four for each SM of an H100.
 NAIVE_PROGRAMS = 528
 
@@ -65,12 +65,27 @@ def decode_inputs(shape: str, context: int, rate: str, batch: int) -> tuple[dict
     def codes(count: int) -> torch.Tensor:
         return torch.randint(0, 256, (batch, heads, count, context), device="cuda", dtype=torch.uint8)
 
-    def rows(value: int) -> torch.Tensor:
-        return torch.full((batch,), value, dtype=torch.int32, device="cuda")
-
     inv_freq = 500000.0 ** (-torch.arange(0, dim, 2, device="cuda") / dim)
     key_centroids, value_centroids = (random(heads, count, 256, dim) * count**-0.5 for count in stages)
-    angles = torch.arange(4, context + 4, device="cuda")[:, None] * inv_freq
+    angles = torch.arange(SINKS, context + SINKS, device="cuda")[:, None] * inv_freq
+    counts = dict.fromkeys(attention.Count, 0) | {
+        attention.Count.NUM_CODES: context,
+        attention.Count.FIRST_POSITION: SINKS,
+        attention.Count.NUM_SINKS: SINKS,
+        attention.Count.NUM_STORED: SINKS + context,
+        attention.Count.NUM_EXACT: WINDOW,
+    }
+    workspace = attention.decode_workspace_bytes(
+        batch=batch,
+        num_heads=heads,
+        num_query_heads=heads * groups,
+        num_queries=1,
+        head_dim=dim,
+        value_stages=stages[1],
+        value_subspace_dim=dim,
+        capacity=context,
+        device=torch.device("cuda"),
+    )
     shared = {
         "query": random(batch, heads * groups, 1, dim),
         "key_codes": codes(stages[0]),
@@ -80,12 +95,13 @@ def decode_inputs(shape: str, context: int, rate: str, batch: int) -> tuple[dict
     naive = {"key_centroids": key_centroids, "cos": angles.cos(), "sin": angles.sin(), "num_programs": NAIVE_PROGRAMS}
     ours = {
         "keys": attention.prepare_keys(key_centroids, heads, dim, inv_freq),
-        "exact_keys": random(batch, heads, EXACT + 1, dim),
-        "exact_values": random(batch, heads, EXACT + 1, dim),
-        "starts": rows(0),
-        "sink_counts": rows(4),
-        "sink_length": 4,
-        "first_position": rows(4),
+        "key": random(batch, heads, 1, dim),
+        "value": random(batch, heads, 1, dim),
+        "exact_keys": random(batch, heads, SINKS + WINDOW + 1, dim),
+        "exact_values": random(batch, heads, SINKS + WINDOW + 1, dim),
+        "counts": torch.tensor(list(counts.values()), dtype=torch.int32, device="cuda")[:, None].repeat(1, batch),
+        "workspace": torch.empty(workspace, dtype=torch.uint8, device="cuda"),
+        "sink_length": SINKS,
         "mask": None,
         "scaling": dim**-0.5,
     }
@@ -182,9 +198,9 @@ def time_decoding(shape: str, context: int, rates: list[str], batch: int) -> Ite
 
 def check_naive(inputs: dict[str, Any], naive: dict[str, Any]) -> None:
     """Refuse to time two kernels that disagree on the coded tokens."""
-    context, exact = naive["key_codes"].shape[-1], inputs["exact_keys"].shape[2]
-    coded = (torch.arange(context + exact, device="cuda") < context).expand(len(inputs["query"]), 1, 1, -1)
-    ours = attention.decode_attention(**{**inputs, "mask": coded}).float()
+    tokens = torch.arange(SINKS + naive["key_codes"].shape[-1] + WINDOW + 1, device="cuda")
+    coded = (tokens >= SINKS) & (tokens < len(tokens) - WINDOW - 1)
+    ours = attention.decode_attention(**{**inputs, "mask": coded[None, None, None]}).transpose(1, 2).float()
     error = (naive_attention(**naive).float() - ours).norm() / ours.norm()
     if not error < 0.02:
         raise SystemExit(f"The naive kernel and ours differ by {error:.3f}: their times would mean nothing.")

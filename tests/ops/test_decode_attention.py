@@ -181,8 +181,6 @@ def test_a_graph_is_replayed_while_a_text_grows(paged: bool, queries: int) -> No
     case = Case(**HEAD_128, batch=3, tokens=[5, 5, 5], capacity=2**14, queries=queries, ring=40, groups=4, paged=paged)
     inputs = case.build(DEVICE)
     if paged:
-        everywhere = torch.full((3,), 2**14)
-        inputs["block_table"] = as_pages([inputs["key_codes"][:3]] * 2, everywhere, torch.Generator())[1]
         inputs["block_table"] = torch.arange(3 * 256, device=DEVICE).flip(0).view(3, -1).int()
     arguments = triton_arguments(inputs)
     decode_attention(**arguments)

@@ -33,6 +33,7 @@ DECODING = {
     "head_dim_64": Case(head_dim=64, key_subspace=64, value_subspace=64, heads=3, groups=3, tokens=1000),
     "head_dim_256": Case(head_dim=256, key_subspace=256, value_subspace=256, tokens=777),
     "subspace_spans_heads": Case(head_dim=64, key_subspace=128, value_subspace=128, tokens=1000),
+    "pages": Case(**HEAD_128, heads=8, groups=4, tokens=[1000], paged=True, masked="rows"),
 }
 # What fits on 8.6 fits on 8.0, which has the same instructions; only the plan of the keys differs. 9.0 was run.
 PLACES = [*((name, 86) for name in DECODING), ("8_heads", 80)]
@@ -40,8 +41,18 @@ PLACES = [*((name, 86) for name in DECODING), ("8_heads", 80)]
 Launch = tuple[Any, dict[str, Any], dict[str, int]]
 
 
+def forget_plans() -> None:
+    """Plans are kept, and were made for another device or other kernels."""
+    from transformers_gsrq.ops.triton import decode_attention
+
+    for plan in (decode_attention._prepare, decode_attention.plan_decode, decode_attention._plan_values):
+        plan.cache_clear()
+
+
 @pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], int], list[Launch]]:
+def record(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[Callable[[], Any], int], list[Launch]]:
     """Call something and return what it would have launched on a GPU of a compute capability."""
     from triton.runtime.jit import KernelInterface
 
@@ -58,9 +69,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], int]
 
     monkeypatch.setattr(KernelInterface, "__getitem__", launcher)
     monkeypatch.setattr(kernels, "unsupported_reason", lambda device, dtype: None)
+    request.addfinalizer(forget_plans)
 
     def run(call: Callable[[], Any], capability: int) -> list[Launch]:
         monkeypatch.setattr(decode_attention, "_device_size", lambda device: (108, TARGETS[capability]))
+        forget_plans()
         launches.clear()
         call()
         return list(launches)

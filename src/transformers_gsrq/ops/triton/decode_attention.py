@@ -3,9 +3,9 @@
 Four steps: scores of the coded keys (`key_scores`), softmax-weighted sums of the coded values (`value_histogram`, or
 `value_gather` where that cannot run), attention to the exact tokens, and the merge of the parts by log-sum-exp.
 
-How far a text has come is read from the device, and grids are those of a full cache, so that a step captured in a CUDA
-graph can be replayed while the text grows. Each program finds its tokens from the counts of its row; one without leaves
-at once, and what it would have written is not read.
+How far a text has come is read from the device, and grids are those of a full cache, so that a step captured in a
+CUDA graph can be replayed while the text grows. Each program finds its tokens from the counts of its row; one without
+leaves at once, and what it would have written is not read.
 
 Triton compiles a kernel anew for integers that are 1 or multiples of 16. The kernels do without for what changes as a
 text grows: another variant in the middle of it would hold it up for seconds, and the machine code is all but the same.
@@ -330,7 +330,7 @@ def _prepare(
     _check("value_codes", value_codes, torch.uint8, (rows, value_subspaces, value_stages, capacity))
     if capacity % PAGE_TOKENS or not capacity or misaligned:
         raise ValueError(
-            f"Codes must have room for a multiple of {PAGE_TOKENS} tokens, and codes and workspace begin at a multiple "
+            f"Codes must have room for a multiple of {PAGE_TOKENS} tokens, and codes and workspace begin at multiples "
             f"of 16 bytes; got room for {capacity}{', and one that begins elsewhere' if misaligned else ''}."
         )
     _check("counts", counts, torch.int32, (len(Count), batch))

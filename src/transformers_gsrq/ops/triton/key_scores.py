@@ -51,7 +51,7 @@ class Splits(NamedTuple):
 
 @triton.jit
 def find_blocks(num_codes, split, splits, few_splits, few_blocks, BT: tl.constexpr):
-    """The first block of a program, the one behind its last, and the blocks of each; the last programs may get none."""
+    """First block of a program, the one behind its last, and the blocks of each; the last programs may get none."""
     num_blocks = (num_codes + BT - 1) // BT
     splits = tl.where(num_blocks <= few_blocks, few_splits, splits)
     share = (num_blocks + splits - 1) // splits

@@ -135,10 +135,7 @@ def _value_histogram(
         for i in gl.static_range(STREAMS):
             stream = first_stream + i
             if stream < num_streams:
-                if S < D:
-                    stage = ((head * (D // S) + stream // stages) * stages + stream % stages) * stage_stride
-                else:
-                    stage = (head * D // S * stages + stream) * stage_stride
+                stage = (head * D // S * stages + stream) * stage_stride
                 # Weights beyond the last token are 0, so any code does there.
                 code = gl.load(codes + stage + token, mask=present, other=0).to(gl.int32)
                 histogram.index(i).atomic_scatter_add(weight, code[None, :], axis=1)
