@@ -1,4 +1,4 @@
-# make demo | test | lint | format | docs | bench | clean: each installs what it needs into $(VENV) the first time.
+# make demo | test | lint | format | docs | bench | profile | clean: each installs what it needs into $(VENV) the first time.
 #
 # On Linux without an NVIDIA GPU, set pip's own variable PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds first:
 # the default build of torch brings some GB of CUDA libraries.
@@ -21,7 +21,7 @@ add_triton = @if [ "$$(uname -s)" = Linux ]; then $(1)/python -c 'import triton'
 	  || $(1)/python $(PIP_INSTALL) $(2); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format docs docs-serve bench clean
+.PHONY: help demo test test-oldest lint format docs docs-serve bench profile clean
 
 help:
 	@echo "make demo         a small real model with its bf16 cache and with a 1-bit cache, side by side"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint         ruff and mypy; make format applies what ruff can mend"
 	@echo "make docs         the documentation into site/; make docs-serve shows it on http://127.0.0.1:8000"
 	@echo "make bench        time and memory over context lengths"
+	@echo "make profile      calls, synchronizations, launches and kernels of one token, one step with drafts, one prompt"
 	@echo "make clean        removes everything that these commands made"
 
 $(BIN)/python:
@@ -87,6 +88,9 @@ docs-serve: $(VENV)/.docs
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+profile: $(VENV)/.dev
+	$(BIN)/python benchmarks/profile_step.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) site .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@
     python benchmarks/models.py --backend triton --contexts 1024 32768
     python benchmarks/models.py --model Qwen/Qwen2.5-1.5B --contexts 32768
     python benchmarks/models.py --largest             # fills each cache until the GPU is full
+    python benchmarks/models.py --base HEAD~1         # that commit as well, and the ratio to it
 
 Without --model, the model has the shape of Qwen2.5-1.5B and random weights. Codebooks are random: neither speed nor
 memory depends on them. Transformers' quantized caches are measured where optimum-quanto or hqq is installed.
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lines import add_arguments, write
+from base import Comparison, add_base_arguments, write_beside_base
+from lines import add_arguments
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from transformers_gsrq import GSRQCache, GSRQCodebooks, GSRQConfig
@@ -34,6 +36,11 @@ CONTEXTS = (1024, 8192, 32768, 131072)
 KEY_BITS, VALUE_BITS = 0.75, 1.25
 # The largest context is looked for from this many tokens on, and found to this share of itself.
 FIRST, PRECISION = 65536, 0.02
+COMPARISON = Comparison(
+    keys=("what", "model", "context", "cache", "backend", "compiled"),
+    measures=("prefill_seconds", "token_ms", "cache_bytes", "peak_bytes"),
+    ours=lambda line: line["cache"].startswith("gsrq"),
+)
 
 
 def make_model(name: str | None, tiny: bool) -> PreTrainedModel:
@@ -51,9 +58,11 @@ def make_model(name: str | None, tiny: bool) -> PreTrainedModel:
         return Qwen2ForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def make_codebooks(model: PreTrainedModel) -> GSRQCodebooks:
-    """Random codebooks of 1 bit."""
-    config = GSRQConfig.for_model(model.config, key_bits=KEY_BITS, value_bits=VALUE_BITS, subspace_dim=128)
+def make_codebooks(
+    model: PreTrainedModel, key_bits: float = KEY_BITS, value_bits: float = VALUE_BITS
+) -> GSRQCodebooks:
+    """Random codebooks, of 1 bit by default, for heads of 128 channels."""
+    config = GSRQConfig.for_model(model.config, key_bits=key_bits, value_bits=value_bits, subspace_dim=128)
     gains, shapes = {}, {}
     for index, kind in itertools.product(config.layers, KINDS):
         size = (*config.code_shape(index, kind), config.num_centroids)
@@ -168,10 +177,12 @@ def main() -> None:
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="torch.compile the model")
     parser.add_argument("--tiny", action="store_true", help="two small layers, to try the script")
     add_arguments(parser)
+    add_base_arguments(parser)
     arguments = parser.parse_args()
     # torch 2.11 hands a plain cache's attention to cuDNN, which plans anew for every length.
     torch.backends.cuda.enable_cudnn_sdp(not arguments.no_cudnn)
-    write(find_largest(arguments) if arguments.largest else time_contexts(arguments), arguments)
+    results = find_largest(arguments) if arguments.largest else time_contexts(arguments)
+    write_beside_base(results, arguments, COMPARISON)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                      # a line of JSON for each measurement
     python benchmarks/run.py --contexts 8192 65536 --rates 16+16
+    python benchmarks/run.py --base HEAD~1        # that commit as well, and the ratio to it
 
 The operators' tests run first, and nothing is timed if they fail. Times are medians in microseconds; `graph` replays a
 CUDA graph, `eager` includes what Python costs. Baselines run in the same process: what `scaled_dot_product_attention`
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from lines import add_arguments, write
+from base import Comparison, add_base_arguments, write_beside_base
+from lines import add_arguments
 from naive import naive_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,6 +42,11 @@ CONTEXTS = (1024, 8192, 32768, 65536, 131072, 262144)
 SINKS, WINDOW = 4, 128 + 32
 # Four for each SM of an H100.
 NAIVE_PROGRAMS = 528
+COMPARISON = Comparison(
+    keys=("operator", "shape", "context", "batch", "what"),
+    measures=("eager", "graph", "keys.eager", "keys.graph", "values.eager", "values.graph"),
+    ours=lambda line: line.get("what", "gsrq").startswith("gsrq"),
+)
 
 
 def microseconds(function: Callable[[], Any]) -> dict[str, float]:
@@ -237,6 +244,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tested", action="store_true", help="the tests have just passed: do not run them again")
     add_arguments(parser)
+    add_base_arguments(parser)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("The kernels' benchmark needs an NVIDIA GPU.")
@@ -246,7 +254,7 @@ def main() -> None:
             raise SystemExit("The kernels' tests failed: their times would mean nothing.")
     cases = itertools.product(arguments.shapes, arguments.contexts, arguments.batches)
     parts = [time_decoding(shape, context, list(arguments.rates), batch) for shape, context, batch in cases]
-    write(itertools.chain(time_encoding(), *parts), arguments)
+    write_beside_base(itertools.chain(time_encoding(), *parts), arguments, COMPARISON)
 
 
 if __name__ == "__main__":

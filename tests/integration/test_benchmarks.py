@@ -42,6 +42,65 @@ def test_the_search_ends_at_what_fits(room: int, monkeypatch: pytest.MonkeyPatch
     assert 0.98 * min(room, 10**8) <= found <= min(room, 10**8)
 
 
+def generate(*arguments: object) -> list[dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "generate.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.host
+def test_decoding_through_generate(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    lines = generate(
+        "--models", "tiny", "--contexts", 300, "--batches", 1, 2, "--draft-contexts", 300, "--tokens", 4,
+        "--caches", "dynamic", "static", "gsrq-eager", "--output", path,
+    )  # fmt: skip
+    assert not [line for line in lines if "failed" in line]
+    timed = {(line["batch"], line["cache"]): line for line in lines if "token_ms" in line}
+    assert set(timed) == {(batch, name) for batch in (1, 2) for name in ("dynamic", "static", "gsrq-eager")}
+    for line in timed.values():
+        lower, upper = line["quartiles_ms"]
+        assert 0 < lower <= line["token_ms"] <= upper
+        assert line["first_token_s"] > 0
+    drafts = [line for line in lines if line["what"] == "drafts"]
+    assert {(line["way"], line["cache"]) for line in drafts} == {
+        (way, name) for way in ("assisted", "prompt lookup") for name in ("dynamic", "gsrq-eager")
+    }
+    # Nearly no draft is accepted, so that a step is a step of as many tokens everywhere.
+    assert all(line["tokens_a_step"] < 1.5 for line in drafts)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+
+
+def test_tables_of_decoding(tmp_path: Path) -> None:
+    case = {"what": "tokens", "run": "1", "model": "tiny", "stages": "12,20", "context": 8192, "batch": 1}
+    lines = [
+        {**case, "cache": "dynamic", "token_ms": 20.0},
+        {**case, "cache": "static", "token_ms": 10.0},
+        {**case, "cache": "quanto-4", "missing": "optimum-quanto is not installed"},
+        {**case, "cache": "gsrq-captured", "token_ms": 4.0},
+        {**case, "run": "2", "cache": "static", "missing": "out of memory"},
+        {**case, "run": "2", "cache": "gsrq-captured", "token_ms": 5.0},
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "benchmarks" / "generate.py"), "--table", str(tmp_path / "lines.jsonl")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == [
+        "Milliseconds a token:",
+        "",
+        "| model, stages | context × rows | dynamic | static | gsrq-captured |",
+        "|---|---|---|---|---|",
+        "| tiny, 12 + 20 | 8,192 × 1 | 20 | 10 | 4 (0.40) |",
+        "| tiny, 12 + 20 | 8,192 × 1 | – | out of memory | 5 |",
+        "",
+    ]
+
+
+def test_a_spent_budget_ends_between_lines() -> None:
+    arguments = ("--models", "tiny", "--contexts", 64, "--tokens", 2, "--budget", 0)
+    assert generate(*arguments) == []
+
+
 def join(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "fidelity.py"), "--join", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
