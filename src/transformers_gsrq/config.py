@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -289,8 +289,8 @@ class GSRQConfig:
         missing = sorted(required - set(fields))
         if unknown or missing:
             raise ValueError(
-                f"The GSRQ config has unknown fields {shown(unknown)} and lacks {missing}. Known fields: {sorted(known)}. "
-                "It was damaged, or written by a newer transformers-gsrq: upgrade the package."
+                f"The GSRQ config has unknown fields {shown(unknown)} and lacks {missing}. Known fields: "
+                f"{sorted(known)}. It was damaged, or written by a newer transformers-gsrq: upgrade the package."
             )
         return cls(**fields)
 

@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxother = MAX_SHOWN
 
 
 def printable(text: object, layout: str = "") -> str:
-    """Text whose control, format and unassigned characters are spelled out: an escape becomes `\\x1b`.
+    """Text whose control, format and unassigned characters are spelled out: an escape becomes backslash, x1b.
 
     Args:
         text: Anything; its string.
@@ -70,5 +70,8 @@ def check_json(value: Any, name: str) -> None:
         elif isinstance(part, float):
             if not math.isfinite(part):
                 raise ValueError(f"{place} is {part}, which is not a finite number.")
-        elif part is not None and not isinstance(part, (bool, int)):
+        elif isinstance(part, int):
+            if part.bit_length() > 64:
+                raise ValueError(f"{place} is {shown(part)}, which takes more than 64 bits.")
+        elif part is not None:
             raise ValueError(f"{place} is {shown(part)}; only JSON types can be stored.")

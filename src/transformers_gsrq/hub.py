@@ -6,6 +6,7 @@ which a repository with several rates needs.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,6 +89,20 @@ def _inside(subfolder: str) -> str:
     return "/".join(parts)
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether codebooks are named by a local folder; an empty string names nothing.
+
+    Raises:
+        TypeError: if `source` is neither a path nor a Hub id.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"Codebooks are named by a folder or a Hub id owner/name[/subfolder][@revision], got "
+            f"{type(source).__name__}."
+        )
+    return bool(str(source)) and Path(source).is_dir()
+
+
 def fetch(
     source: str | Path,
     *,
@@ -119,9 +134,8 @@ def fetch(
         ConnectionError: if the Hub cannot be reached and nothing was downloaded before.
         ValueError: if the subfolder is not inside of `source`.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        folder = folder / _inside(subfolder or "")
+    if is_local(source):
+        folder = Path(source) / _inside(subfolder or "")
         for name in (CONFIG_NAME, TENSORS_NAME):
             if not (folder / name).is_file():
                 raise FileNotFoundError(_nothing_there(folder, name, local_configs(Path(source))))
