@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..codebooks import check_replaceable
+from ..foreign import printable
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
@@ -91,7 +92,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
             if as_json:
                 typer.echo(json.dumps(_json(report.figures), indent=2, allow_nan=False))
             elif report.text:
-                typer.echo(report.text)
+                # Names and notes in codebooks are anybody's, and must not command the terminal.
+                typer.echo(printable(report.text, layout="\n"))
             if report.failures:
                 _fail_after(report.failures, debug)
 
@@ -130,7 +132,7 @@ def _one_line(error: BaseException) -> str:
 def _fail(message: str, code: int, shown: BaseException | None) -> NoReturn:
     if shown is not None:
         raise shown
-    typer.echo(f"gsrq: {message}", err=True)
+    typer.echo(f"gsrq: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -139,7 +141,7 @@ def _fail_after(failures: Sequence[tuple[str, BaseException]], debug: bool) -> N
     for undone, error in failures:
         stopped = stopped or isinstance(error, KeyboardInterrupt)
         why = f"Interrupted: {undone}." if isinstance(error, KeyboardInterrupt) else f"{undone}: {_one_line(error)}"
-        typer.echo(f"gsrq: {why[0].upper()}{why[1:]}", err=True)
+        typer.echo(f"gsrq: {printable(why[0].upper() + why[1:])}", err=True)
     for _, error in failures:
         if debug or not isinstance(error, (KeyboardInterrupt, *EXPECTED)):
             raise error
