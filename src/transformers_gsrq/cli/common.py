@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..codebooks import check_replaceable
 from ..foreign import printable
+from ..hub import TENSORS_NAME
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
@@ -84,6 +85,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
             if "as_json" in own.parameters:
                 arguments["as_json"] = as_json
             try:
+                _check_model(arguments.get("model", ""))
                 report = function(**arguments)
             except (KeyboardInterrupt, Interrupted) as stopped:
                 _fail(str(stopped) or "Interrupted.", 130, stopped if debug else None)
@@ -112,6 +114,12 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
         app.command(name, help=inspect.cleandoc(function.__doc__ or ""))(run)
 
     return add
+
+
+def _check_model(model: str) -> None:
+    """Say that arguments were swapped before somebody else says less."""
+    if model and (Path(model) / TENSORS_NAME).is_file():
+        raise ValueError(f"MODEL is {model}, which holds codebooks. Name the model first, then CODEBOOKS.")
 
 
 def _json(value: Any) -> Any:
