@@ -6,6 +6,9 @@ import copy
 import errno
 import json
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig
+from transformers_gsrq.hub import MAX_FOLDERS
 
 CONFIG = GSRQConfig.for_model(
     LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2),
@@ -183,3 +187,173 @@ def test_a_folder_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     codebooks.save_pretrained(link)
     assert sorted(path.name for path in disk.iterdir()) == ["codebooks.safetensors", "config.json"]
     assert GSRQCodebooks.from_pretrained(link).digest == codebooks.digest
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before a step", "after a step"])
+@pytest.mark.parametrize("stop_at", range(4))
+def test_a_save_that_is_stopped_at_any_step_leaves_whole_codebooks(
+    stop_at: int, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over old ones, over none, and over what a save that was stopped has left."""
+    real, steps = os.replace, []
+
+    def stopping(source: Path, target: Path) -> None:
+        steps.append(target)
+        stop = len(steps) == stop_at + 1
+        if stop and not begun:
+            raise KeyboardInterrupt
+        real(source, target)
+        if stop:
+            raise KeyboardInterrupt
+
+    for name in ("over none", "over old", "over a stopped one"):
+        folder, known = tmp_path / name, set()
+        monkeypatch.setattr(os, "replace", stopping)
+        for _ in range(["over none", "over old", "over a stopped one"].index(name) + 1):
+            codebooks = make_codebooks()
+            before = (
+                GSRQCodebooks.from_pretrained(folder).digest if known and (folder / "config.json").exists() else None
+            )
+            steps.clear()
+            if name != "over none" and not known:
+                steps.extend([Path()] * 99)  # the first save of these is not stopped
+            known.add(codebooks.digest)
+            try:
+                codebooks.save_pretrained(folder)
+            except KeyboardInterrupt:
+                if before is None:
+                    continue
+            assert GSRQCodebooks.from_pretrained(folder).digest in (before, codebooks.digest)
+        monkeypatch.setattr(os, "replace", real)
+        # The next one clears up.
+        last = make_codebooks()
+        last.save_pretrained(folder)
+        assert GSRQCodebooks.from_pretrained(folder).digest == last.digest
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_process_that_is_killed_while_it_saves(step: int, tmp_path: Path) -> None:
+    old, new = make_codebooks(), make_codebooks()
+    old.save_pretrained(tmp_path / "codebooks")
+    new.save_pretrained(tmp_path / "new")
+    script = (
+        "import os, sys\nfrom transformers_gsrq import GSRQCodebooks\n"
+        "new, real, left = GSRQCodebooks.from_pretrained(sys.argv[1]), os.replace, [int(sys.argv[3])]\n"
+        "def counted(source, target):\n"
+        "    if not left[0]: os._exit(9)\n"
+        "    left[0] -= 1\n    real(source, target)\n"
+        "os.replace = counted\nnew.save_pretrained(sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "new", tmp_path / "codebooks", str(step)], check=False)
+    found = GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest
+    assert found == (old.digest if step < 3 else new.digest)
+    assert list(GSRQCodebooks.available(tmp_path)) == ["codebooks", "new"]
+    old.save_pretrained(tmp_path / "codebooks")
+    assert GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest == old.digest
+    names = sorted(path.name for path in (tmp_path / "codebooks").iterdir() if not path.name.startswith(".saving-"))
+    # What was put beside the old ones and never meant stays; nobody can know that it is nobody's.
+    assert [name for name in names if new.digest not in name] == ["codebooks.safetensors", "config.json"]
+
+
+def test_a_reader_beside_a_writer_finds_whole_codebooks(tmp_path: Path) -> None:
+    both = [make_codebooks(), make_codebooks()]
+    both[0].save_pretrained(tmp_path / "codebooks")
+    done = threading.Event()
+
+    def write() -> None:
+        for turn in range(60):
+            both[turn % 2].save_pretrained(tmp_path / "codebooks")
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest in {made.digest for made in both}
+    writer.join()
+    assert len(list((tmp_path / "codebooks").iterdir())) == 2
+
+
+def test_nobody_else_can_change_them() -> None:
+    gains = {(layer, kind): torch.ones(1) for layer in CONFIG.layers for kind in ("key", "value")}
+    source = make_codebooks()
+    shapes = {job: source.shapes(*job) for job in gains}
+    gains = {job: source.gains(*job) for job in gains}
+    codebooks = GSRQCodebooks(CONFIG, gains, shapes)
+    digest = codebooks.digest
+    for tensors in (gains, shapes):
+        tensors[0, "key"].zero_()
+    codebooks.gains(0, "key").zero_()
+    codebooks.shapes(0, "key").zero_()
+    codebooks.with_stages(1, 1)._tensors["layers.0.key.gains"].zero_()
+    codebooks._digest = None
+    assert codebooks.digest == digest == source.digest
+
+
+def test_the_tensors_of_loaded_codebooks_are_not_those_of_the_file(tmp_path: Path) -> None:
+    codebooks = make_codebooks()
+    codebooks.save_pretrained(tmp_path)
+    loaded = GSRQCodebooks.from_pretrained(tmp_path)
+    path = tmp_path / "codebooks.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+    loaded._digest = None
+    assert loaded.digest == codebooks.digest
+
+
+def test_a_large_folder_is_not_searched_through(tmp_path: Path) -> None:
+    make_codebooks().save_pretrained(tmp_path / "a" / "b" / "c")
+    make_codebooks().save_pretrained(tmp_path / "a" / "b" / "c" / "d")
+    make_codebooks().save_pretrained(tmp_path / ".hidden")
+    assert list(GSRQCodebooks.available(tmp_path)) == ["a/b/c"]
+    for number in range(MAX_FOLDERS):
+        (tmp_path / f"0{number}").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no codebooks"):
+        GSRQCodebooks.from_pretrained(tmp_path)
+    assert GSRQCodebooks.available(tmp_path) == {}
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_codebooks().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for load in (GSRQCodebooks.from_pretrained, GSRQCodebooks.available):
+        with pytest.raises(FileNotFoundError, match="'' is not a local folder"):
+            load("")
+    with pytest.raises(ValueError, match="folder is an empty string"):
+        make_codebooks().save_pretrained("")
+    assert GSRQCodebooks.available(".").keys() == {""}
+
+
+MISTYPED = {
+    "config is a folder": (lambda made: GSRQCodebooks("folder", {}, {}), "config must be a GSRQConfig, got str"),
+    "config is its fields": (lambda made: GSRQCodebooks(CONFIG.to_dict(), {}, {}), "config must be a GSRQConfig"),
+    "gains are a tensor": (lambda made: GSRQCodebooks(CONFIG, torch.ones(1), {}), "gains must be a mapping"),
+    "no tensor": (
+        lambda made: GSRQCodebooks(CONFIG, {(0, "key"): [1]}, {}),
+        r"layers\.0\.key\.gains must be a tensor",
+    ),
+    "provenance is text": (lambda made: GSRQCodebooks(CONFIG, {}, {}, "mine"), "provenance must be a mapping"),
+    "source is None": (lambda made: GSRQCodebooks.from_pretrained(None), "named by a folder or a Hub id"),
+    "source is codebooks": (lambda made: GSRQCodebooks.from_pretrained(made), "Hub id .* got GSRQCodebooks"),
+    "available of a number": (lambda made: GSRQCodebooks.available(5), "Hub id .* got int"),
+    "subfolder is a number": (
+        lambda made: GSRQCodebooks.from_pretrained("a/b", subfolder=1),
+        "subfolder must be a str",
+    ),
+    "revision is a number": (lambda made: GSRQCodebooks.from_pretrained("a/b", revision=1), "revision must be a str"),
+    "repository is a path": (lambda made: made.push_to_hub(Path("a/b")), "repo_id must be a string"),
+    "folder is None": (lambda made: made.save_pretrained(None), "folder must be a path, got NoneType"),
+    "stages are bits": (lambda made: made.with_stages(1.0, 2), "key_stages must be 1 to 4"),
+    "stages are text": (lambda made: made.with_stages(1, "2"), "value_stages must be 1 to 4"),
+    "kind and layer swapped": (lambda made: made.gains("key", 0), "no gains of layer 'key', kind 0"),
+    "no such layer": (lambda made: made.shapes(7, "key"), "no shapes of layer 7"),
+    "evaluation is text": (lambda made: made.with_evaluation("good"), "a record with a perplexity"),
+    "evaluation is empty": (lambda made: made.with_evaluation({"perplexity": 2.0}), "the evaluation lacks 'data'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTYPED)
+def test_mistyped_and_swapped_arguments(case: str) -> None:
+    call, message = MISTYPED[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(make_codebooks())

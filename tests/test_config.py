@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
+from typing import Any
 
 import pytest
 from transformers import (
@@ -64,6 +66,46 @@ def test_bits_between_stages_list_their_neighbours() -> None:
         GSRQConfig.for_model(LLAMA_8B, bits=5)
     with pytest.raises(ValueError, match="pass bits=1.0"):
         GSRQConfig.for_model(LLAMA_8B, key_bits=1.0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bits": 2.0, "split": (1.0, 1.0)},
+        {"key_bits": 2.0, "split": (1.0, 1.0)},
+        {"value_bits": 2.0, "split": [1.0, 1.0]},
+        {"bits": 2.0, "key_bits": 1.0, "value_bits": 1.0},
+        {"bits": 1.0, "key_bits": 1.0, "split": "measured"},
+        {"key_bits": 1.0, "value_bits": 1.0, "split": "measured"},
+        {"split": (1.0, 1.0, 1.0)},
+        {"split": (1.0,)},
+        {"split": 1.0},
+        {"bits": 1.0, "split": "halves"},
+        {"bits": 1.0, "subspace_dim": (128, 128, 128)},
+        {"bits": 1.0, "subspace_dim": 128.0},
+        {"bits": 1.0, "subspace_dim": "128"},
+        {"bits": 1.0, "num_centroids": 64.0},
+        {"bits": 1.0, "num_centroids": True},
+        {"bits": float("nan")},
+    ],
+    ids=str,
+)
+def test_arguments_that_contradict_one_another_or_say_nothing(given: dict[str, Any]) -> None:
+    """Each is refused by name, though some of the arguments could be obeyed."""
+    with pytest.raises(ValueError, match="bits|split|subspace_dim|num_centroids"):
+        GSRQConfig.for_model(LLAMA_8B, **given)
+
+
+@pytest.mark.parametrize("given", [{"bits": "1"}, {"bits": True}, {"key_bits": [1], "value_bits": 1}, {"split": "11"}])
+def test_bits_are_numbers(given: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"(bits|split) must be"):
+        GSRQConfig.for_model(LLAMA_8B, **given)
+
+
+def test_one_kind_may_have_bits_of_its_own() -> None:
+    config = GSRQConfig.for_model(LLAMA_8B, bits=1.0, key_bits=0.5)
+    assert (config.bits("key"), config.bits("value")) == (0.5, 1.0)
+    assert GSRQConfig.for_model(LLAMA_8B, split=[0.5, 1.0]) == config
 
 
 def test_subspaces_must_tile_the_heads() -> None:
@@ -161,6 +203,130 @@ def test_illegal_fields_name_the_value_and_the_set(change: dict[str, object], me
     fields = GSRQConfig.for_model(LLAMA_8B, bits=1.0).to_dict()
     with pytest.raises(ValueError, match=message):
         GSRQConfig.from_dict({**fields, **change})
+
+
+NUMBERS = (
+    "num_hidden_layers", "num_kv_heads", "head_dim", "key_subspace_dim", "value_subspace_dim", "num_centroids",
+)  # fmt: skip
+LISTS = ("layers", "key_stages", "value_stages")
+
+
+@pytest.mark.parametrize("bad", [64.0, "3", True, None, [8], 0, -1, 10**9, 10**300], ids=str)
+@pytest.mark.parametrize("field", NUMBERS)
+def test_numbers_that_are_none(field: str, bad: object) -> None:
+    """Wrong types, and sizes whose divisors would take minutes to count, in no time."""
+    fields = GSRQConfig.for_model(LLAMA_8B, bits=1.0).to_dict()
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=field) as refused:
+        GSRQConfig.from_dict({**fields, field: bad})
+    assert time.perf_counter() - began < 0.5
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("bad", ["12", 5, None, {"1": 1}, [1.0], ["1"], [True], [], [[1]], [10**9] * 32], ids=str)
+@pytest.mark.parametrize("field", LISTS)
+def test_lists_that_are_none(field: str, bad: object) -> None:
+    fields = GSRQConfig.for_model(LLAMA_8B, bits=1.0).to_dict()
+    with pytest.raises(ValueError, match=field) as refused:
+        GSRQConfig.from_dict({**fields, field: bad})
+    assert len(str(refused.value)) < 300
+
+
+def nested(depth: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for _ in range(depth):
+        made = {"a": made}
+    return made
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": 5},
+        {"model_type": "\x1b[2Jllama"},
+        {"model_type": "llama\u202e"},
+        {"key_space": "\x1b[2J"},
+        {"key_space": ["before_rope"]},
+        {"rope_parameters": []},
+        {"rope_parameters": "default"},
+        {"rope_parameters": {"rope_theta": float("inf")}},
+        {"rope_parameters": {"\x1b[2J": 1}},
+        {"rope_parameters": nested(500)},
+        {"rope_parameters": nested(100_000)},
+    ],
+)
+def test_texts_and_settings_that_are_none(change: dict[str, Any]) -> None:
+    fields = GSRQConfig.for_model(LLAMA_8B, bits=1.0).to_dict()
+    with pytest.raises(ValueError, match=next(iter(change))) as refused:
+        GSRQConfig.from_dict({**fields, **change})
+    assert str(refused.value).isprintable()
+
+
+def test_a_config_does_not_change_with_the_model_it_was_made_for() -> None:
+    model = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 7.0, "list": [1.0]})
+    config = GSRQConfig.for_model(model, bits=1.0)
+    model.rope_parameters["list"].append(2.0)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 7.0, "list": [1.0]}
+
+
+def test_kinds_and_layers_are_checked() -> None:
+    config = GSRQConfig.for_model(LLAMA_8B, bits=1.0)
+    for ask in (config.bits, config.stages, config.subspace_dim, config.num_subspaces):
+        with pytest.raises(ValueError, match=r"kind must be one of .*'keys'"):
+            ask("keys")
+    with pytest.raises(ValueError, match="Layer 32 is not compressed"):
+        config.code_shape(32, "key")
+    with pytest.raises(TypeError, match=r"must be a model's config \(model.config\), got str"):
+        config.check_model("me/my-model")
+    with pytest.raises(ValueError, match="must be a mapping of fields"):
+        GSRQConfig.from_dict("config.json")
+
+
+def test_codes_that_save_nothing_never_break_even() -> None:
+    config = GSRQConfig.for_model(LLAMA_8B, bits=4.0, subspace_dim=8)
+    wasteful = dataclasses.replace(config, key_stages=(16,) * 32, value_stages=(16,) * 32)
+    assert wasteful.break_even_tokens == float("inf")
+
+
+ROPE = {
+    "default": {"rope_theta": 1e4},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024,
+    },
+    "longrope": {
+        "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 1024,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_rotary_settings_are_compared_by_what_they_mean(rope_type: str) -> None:
+    def model(**change: object) -> LlamaConfig:
+        settings = {"rope_type": rope_type, "rope_theta": 1e4, **ROPE[rope_type], **change}
+        return LlamaConfig(**{**LLAMA_8B.to_dict(), "max_position_embeddings": 4096, "rope_parameters": settings})
+
+    config = GSRQConfig.for_model(model(), bits=1.0)
+    # Defaults that a later transformers may name, and settings that it may add.
+    for same in ({"partial_rotary_factor": 1.0}, {"attention_factor": None}, {"rope_theta": 10_000}, {"later": False}):
+        config.check_model(model(**same))
+        GSRQConfig.for_model(model(**same), bits=1.0).check_model(model())
+    differing = [{"rope_theta": 5e5}, {"partial_rotary_factor": 0.5}, {"mrope_section": [16, 24, 24]}]
+    if rope_type != "default":
+        differing.append({"factor": 3.0})
+    if rope_type == "longrope":
+        differing += [{"original_max_position_embeddings": 2048}, {"long_factor": [3.0] * 64}]
+    if rope_type in ("yarn", "longrope"):
+        differing.append({"attention_factor": 1.5})
+    for other in differing:
+        if other != {"factor": 3.0} or rope_type != "longrope":  # which takes the ratio of its lengths
+            with pytest.raises(ValueError, match="rope_parameters"):
+                config.check_model(model(**other))
+    for damaged in ({"rope_theta": "x"}, {"partial_rotary_factor": 1e12}, {"rope_type": "no such"}):
+        with pytest.raises(ValueError, match="rope_parameters"):
+            dataclasses.replace(config, rope_parameters={**config.rope_parameters, **damaged}).check_model(model())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import GSRQConfig
+from .foreign import printable
 from .hub import CARD_MARK
 
 PAPER = "https://arxiv.org/abs/2607.01065"
@@ -76,6 +77,11 @@ def model_card(repo_id: str, rates: Mapping[str, Rate]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _cell(value: object) -> str:
+    """A name that somebody chose, on one line and inside of its cell."""
+    return printable(" ".join(str(value).split())).replace("|", "\\|")
+
+
 def _link(base: str | None) -> str:
     return f"[{base}](https://huggingface.co/{base})" if base else UNNAMED
 
@@ -86,7 +92,7 @@ def _rates_table(rates: Mapping[str, Rate]) -> str:
     for name, rate in rates.items():
         config = rate.config
         rows.append(
-            f"| {name or '(root)'} | {config.bits():g} ({config.bits('key'):g}, {config.bits('value'):g}) "
+            f"| {_cell(name or '(root)')} | {config.bits():g} ({config.bits('key'):g}, {config.bits('value'):g}) "
             f"| {config.code_bytes_per_token:,} | {config.codebook_bytes / 2**20:,.1f} MiB "
             f"| {config.break_even_tokens:,.0f} tokens | `{rate.digest[:12]}` |"
         )
@@ -121,15 +127,16 @@ def _measurements(rates: Mapping[str, Rate]) -> str:
             value, increase = f"{record['perplexity']:.2f}", f"{record['increase']:+.1%}"
             if record["standard_error"] is not None:
                 value += f" ± {record['standard_error']:.2f}"
+            if record["increase_error"] is not None:
                 increase += f" ± {record['increase_error']:.1%}"
             plain = f"{record['plain_perplexity']:.2f}"
-            rows.append(f"| {name or '(root)'} | {record['data']} | {value} | {plain} | {increase} |")
+            rows.append(f"| {_cell(name or '(root)')} | {_cell(record['data'])} | {value} | {plain} | {increase} |")
     if len(rows) == 2:
         return "Nothing has been measured on text yet. `gsrq eval MODEL CODEBOOKS --text FILE --save` does it."
     notes = ["Every token attended to what the cache stores. How each figure was made:"]
     for name, rate in rates.items():
         for record in rate.provenance.get("evaluations", ()):
-            notes.append(f"- {name or '(root)'}, {record['data']}: {_circumstances(record)}")
+            notes.append(f"- {_cell(name or '(root)')}, {_cell(record['data'])}: {_cell(_circumstances(record))}")
     return "\n".join(rows) + "\n\n" + "\n".join(notes)
 
 
@@ -160,8 +167,8 @@ def _making(name: str, rate: Rate) -> str:
         "computed in": made.get("dtype") and f"{made['dtype']} on {made.get('device')}",
         "versions": ", ".join(f"{key} {value}" for key, value in made.get("versions", {}).items()),
     }
-    rows = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
-    title = f"### {name}\n\n" if name else ""
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value not in (None, "")]
+    title = f"### {_cell(name)}\n\n" if name else ""
     return title + "\n".join(["| | |", "|---|---|", *rows])
 
 
@@ -171,6 +178,8 @@ def training_steps(provenance: Mapping[str, Any]) -> dict[str, str]:
     for number, step in enumerate(provenance.get("training", ()), 2):
         if step["step"] == "refinement":
             said = f"up to {step['rounds']} rounds, beam {step['beam_width']}"
+        elif step["step"] != "distillation":
+            said = "by a newer transformers-gsrq"
         else:
             said = (
                 f"{step['best_step']} steps of {step['batch_size'] * step['processes']} windows of "

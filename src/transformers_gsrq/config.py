@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat import is_full_attention, native_layers
+from .foreign import check_json, shown
 
 FORMAT_VERSION = 1
 KEY_SPACES = ("before_rope", "after_rope")
 SPLITS = ("paper", "measured")
 MIN_BITS, MAX_BITS = 0.25, 4.0
+# Of layers, heads, channels and stages: no model comes near, and damaged files are refused at once.
+MAX_SIZE = 1 << 16
 # Relative difference between bits and whole stages that is taken for rounding.
 ROUNDING = 1e-4
 
@@ -68,47 +75,68 @@ class GSRQConfig:
     rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model_type, str) or not self.model_type.isprintable():
+            raise ValueError(f"model_type must be a string of printable characters, got {shown(self.model_type)}.")
+        for name in ("num_hidden_layers", "num_kv_heads", "head_dim"):
+            _check_whole(name, getattr(self, name))
         for name in ("layers", "key_stages", "value_stages"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            if not isinstance(given, (list, tuple)) or not all(map(_is_whole, given)):
+                raise ValueError(f"{name} must be a list of whole numbers, got {shown(given)}.")
+            object.__setattr__(self, name, tuple(given))
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"layers must be ascending layer indices without repetition, got {self.layers}.")
+            raise ValueError(f"layers must be ascending layer indices without repetition, got {shown(self.layers)}.")
         if self.layers[0] < 0 or self.layers[-1] >= self.num_hidden_layers:
             raise ValueError(
                 f"layers must lie in 0..{self.num_hidden_layers - 1} (num_hidden_layers={self.num_hidden_layers}), "
-                f"got {self.layers}."
+                f"got {shown(self.layers)}."
             )
-        if not 2 <= self.num_centroids <= 256:
-            raise ValueError(f"num_centroids must be 2 to 256 (a code is one byte), got {self.num_centroids}.")
+        if not _is_whole(self.num_centroids) or not 2 <= self.num_centroids <= 256:
+            raise ValueError(
+                f"num_centroids must be 2 to 256, whole (a code is one byte), got {shown(self.num_centroids)}."
+            )
         if self.key_space not in KEY_SPACES:
-            raise ValueError(f"key_space must be one of {KEY_SPACES}, got {self.key_space!r}.")
-        legal = legal_subspace_dims(self.num_kv_heads, self.head_dim)
+            raise ValueError(f"key_space must be one of {KEY_SPACES}, got {shown(self.key_space)}.")
         for kind in KINDS:
-            if self.subspace_dim(kind) not in legal:
+            width = self.subspace_dim(kind)
+            if not _is_whole(width) or not _tiles(width, self.num_kv_heads, self.head_dim):
                 raise ValueError(
-                    f"{kind}_subspace_dim={self.subspace_dim(kind)} does not tile {self.num_kv_heads} heads of "
-                    f"{self.head_dim} channels. Legal values: {legal}."
+                    f"{kind}_subspace_dim={shown(width)} does not tile {self.num_kv_heads} heads of "
+                    f"{self.head_dim} channels. Legal values: {legal_subspace_dims(self.num_kv_heads, self.head_dim)}."
                 )
             stages = self.stages(kind)
-            if len(stages) != len(self.layers) or min(stages) < 1:
+            if len(stages) != len(self.layers) or not 1 <= min(stages) <= max(stages) <= MAX_SIZE:
                 raise ValueError(
                     f"{kind}_stages must hold one positive number for each of the {len(self.layers)} layers, "
-                    f"got {stages}."
+                    f"got {shown(stages)}."
                 )
+        if self.rope_parameters is not None:
+            if not isinstance(self.rope_parameters, Mapping):
+                raise ValueError(f"rope_parameters must be a mapping or None, got {shown(self.rope_parameters)}.")
+            check_json(self.rope_parameters, "rope_parameters")
+            # A model's config may change later, and this one may not.
+            object.__setattr__(self, "rope_parameters", copy.deepcopy(dict(self.rope_parameters)))
 
     def subspace_dim(self, kind: Kind) -> int:
         """Channels S that one code of `kind` describes."""
-        return self.key_subspace_dim if kind == "key" else self.value_subspace_dim
+        return self.key_subspace_dim if _checked(kind) == "key" else self.value_subspace_dim
 
     def stages(self, kind: Kind) -> tuple[int, ...]:
         """Stages R of `kind`, one number for each compressed layer."""
-        return self.key_stages if kind == "key" else self.value_stages
+        return self.key_stages if _checked(kind) == "key" else self.value_stages
 
     def num_subspaces(self, kind: Kind) -> int:
         """Subspaces M = H*D/S of `kind`."""
         return self.num_kv_heads * self.head_dim // self.subspace_dim(kind)
 
     def code_shape(self, layer: int, kind: Kind) -> tuple[int, int]:
-        """`(M, R)` of a compressed layer: the bytes that one token takes there are M*R."""
+        """`(M, R)` of a compressed layer: the bytes that one token takes there are M*R.
+
+        Raises:
+            ValueError: if the layer is not compressed, or for another kind than "key" and "value".
+        """
+        if layer not in self.layers:
+            raise ValueError(f"Layer {shown(layer)} is not compressed; these are: {self.layers}.")
         return self.num_subspaces(kind), self.stages(kind)[self.layers.index(layer)]
 
     def bits(self, kind: Kind | None = None) -> float:
@@ -137,8 +165,12 @@ class GSRQConfig:
 
     @property
     def break_even_tokens(self) -> float:
-        """Cached tokens (batch times context) from which codes plus codebooks take less than bf16 states."""
-        return self.codebook_bytes / (self.dense_bytes_per_token() - self.code_bytes_per_token)
+        """Cached tokens (batch times context) from which codes plus codebooks take less than bf16 states.
+
+        Infinity where codes are no smaller than those.
+        """
+        saved = self.dense_bytes_per_token() - self.code_bytes_per_token
+        return self.codebook_bytes / saved if saved > 0 else math.inf
 
     @classmethod
     def for_model(
@@ -159,39 +191,32 @@ class GSRQConfig:
             model_config: The model's config; for a vision-language model its text part is taken.
             bits: Bits per element for keys and values alike, 0.25 to 4, as whole stages.
             key_bits: Bits for keys where they differ from `bits`.
-            value_bits: Bits for values where they differ from `bits`.
+            value_bits: Bits for values where they differ from `bits`. With both, `bits` has nothing to say and may
+                not be given.
             split: How to divide twice `bits` between keys and values: "paper" gives both the same; "measured" gives
                 keys three eighths from 1 bit on, what measured best by perplexity without losing retrieval
                 (docs/fidelity.md; `evaluation.split.choose_split` measures it on your model); or `(key_bits,
-                value_bits)`.
+                value_bits)`, instead of all three.
             subspace_dim: Channels per code for both kinds, or `(key, value)`. By default 128 if the heads can be cut
                 that way, else the largest legal width below it.
             num_centroids: Centroids of a stage.
             key_space: "before_rope" or "after_rope".
 
         Raises:
-            TypeError: if `model_config` is not a config, but for example the model itself.
-            ValueError: if the model cannot be compressed, or the bits do not come out as whole stages; the message
-                lists the nearest legal values.
+            TypeError: if `model_config` is not a config, but for example the model itself, or bits are no numbers.
+            ValueError: if the model cannot be compressed, if arguments contradict one another, or if the bits do not
+                come out as whole stages; the message lists the nearest legal values.
         """
-        if not isinstance(model_config, PreTrainedConfig):
-            raise TypeError(
-                f"model_config must be a model's config (model.config), got {type(model_config).__name__}."
-            )
+        _check_model_config(model_config)
+        key_bits, value_bits = _divided(bits, key_bits, value_bits, split)
         text_config = model_config.get_text_config(decoder=True)
         layers = compressible_layers(model_config)
         num_heads, head_dim = head_geometry(text_config)
-        key_bits = bits if key_bits is None else key_bits
-        value_bits = bits if value_bits is None else value_bits
-        if not isinstance(split, str):
-            key_bits, value_bits = split
-        elif split not in SPLITS:
-            raise ValueError(f"split must be one of {SPLITS} or (key_bits, value_bits), got {split!r}.")
-        if key_bits is None or value_bits is None:
-            raise ValueError("Say how many bits per element to store: pass bits=1.0, or both key_bits and value_bits.")
         if subspace_dim is None:
             subspace_dim = default_subspace_dim(num_heads, head_dim)
-        dims = subspace_dim if isinstance(subspace_dim, Sequence) else (subspace_dim, subspace_dim)
+        dims = subspace_dim if isinstance(subspace_dim, (list, tuple)) else (subspace_dim, subspace_dim)
+        if len(dims) != 2 or not all(map(_is_whole, dims)):
+            raise ValueError(f"subspace_dim must be a whole number, or two: (key, value). Got {shown(subspace_dim)}.")
         key_stages = stages_for_bits(key_bits, dims[0], "key_bits")
         value_stages = stages_for_bits(value_bits, dims[1], "value_bits")
         if split == "measured":
@@ -215,9 +240,14 @@ class GSRQConfig:
     def check_model(self, model_config: PreTrainedConfig) -> None:
         """Check that codebooks of this config fit a model.
 
+        Rotary settings are compared by what they mean: two that give the same frequencies and scaling are the same,
+        though one names a default that the other leaves away.
+
         Raises:
+            TypeError: if `model_config` is not a config, but for example the model itself.
             ValueError: naming every field that differs, its value here and in the model.
         """
+        _check_model_config(model_config)
         text_config = model_config.get_text_config(decoder=True)
         heads, head_dim = head_geometry(text_config)
         seen = {
@@ -232,6 +262,7 @@ class GSRQConfig:
             f"{name}: codebooks {getattr(self, name)}, model {value}"
             for name, value in seen.items()
             if getattr(self, name) != value
+            and not (name == "rope_parameters" and _turn_alike(text_config, self.rope_parameters, value))
         ]
         if wrong:
             raise ValueError(
@@ -248,16 +279,18 @@ class GSRQConfig:
         """Rebuild a config from `to_dict`.
 
         Raises:
-            ValueError: for a field that is unknown or missing: guessing would decode the bytes wrongly.
+            ValueError: for a field that is unknown, missing or illegal: guessing would decode the bytes wrongly.
         """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"The GSRQ config must be a mapping of fields, got {shown(fields)}.")
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - set(known))
         required = {name for name, f in known.items() if f.default is dataclasses.MISSING}
         missing = sorted(required - set(fields))
         if unknown or missing:
             raise ValueError(
-                f"The GSRQ config has unknown fields {unknown} and lacks {missing}. Known fields: {sorted(known)}. "
-                "It was damaged, or written by a newer transformers-gsrq: upgrade the package."
+                f"The GSRQ config has unknown fields {shown(unknown)} and lacks {missing}. Known fields: "
+                f"{sorted(known)}. It was damaged, or written by a newer transformers-gsrq: upgrade the package."
             )
         return cls(**fields)
 
@@ -267,6 +300,67 @@ def legal_subspace_dims(num_kv_heads: int, head_dim: int) -> list[int]:
     within = [s for s in range(1, head_dim + 1) if head_dim % s == 0]
     across = [head_dim * n for n in range(2, num_kv_heads + 1) if num_kv_heads % n == 0]
     return within + across
+
+
+def _tiles(width: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether a width is one of `legal_subspace_dims`."""
+    if not 1 <= width <= num_kv_heads * head_dim:
+        return False
+    return head_dim % width == 0 or (width % head_dim == 0 and num_kv_heads * head_dim % width == 0)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not _is_whole(value) or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{name} must be a whole number, 1 to {MAX_SIZE}, got {shown(value)}.")
+
+
+def _checked(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {shown(kind)}.")
+    return kind
+
+
+def _check_model_config(given: object) -> None:
+    if not isinstance(given, PreTrainedConfig):
+        raise TypeError(f"model_config must be a model's config (model.config), got {type(given).__name__}.")
+
+
+def _divided(
+    bits: float | None, key_bits: float | None, value_bits: float | None, split: str | tuple[float, float]
+) -> tuple[float, float]:
+    """Bits of keys and of values from the arguments of `GSRQConfig.for_model`, before "measured" moves any."""
+    each = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
+    given = [name for name, value in each.items() if value is not None]
+    if isinstance(split, str):
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS} or (key_bits, value_bits), got {shown(split)}.")
+        if split == "measured" and given != ["bits"]:
+            raise ValueError(
+                f'split="measured" divides `bits` itself: give bits and no key_bits or value_bits, got {given}.'
+            )
+        if len(given) == 3:
+            raise ValueError(
+                f"bits={bits} contradicts key_bits={key_bits} and value_bits={value_bits}, which say all there is to "
+                "say. Leave bits away, or one of the others."
+            )
+        key_bits = bits if key_bits is None else key_bits
+        value_bits = bits if value_bits is None else value_bits
+    else:
+        if not isinstance(split, (list, tuple)) or len(split) != 2:
+            raise ValueError(f"split must be one of {SPLITS} or (key_bits, value_bits), got {shown(split)}.")
+        if given:
+            raise ValueError(f"split={split} says the bits of keys and values; leave {' and '.join(given)} away.")
+        key_bits, value_bits = split
+    if key_bits is None or value_bits is None:
+        raise ValueError("Say how many bits per element to store: pass bits=1.0, or both key_bits and value_bits.")
+    for name, value in (*each.items(), ("split", key_bits), ("split", value_bits)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name} must be a number of bits, got {shown(value)}.")
+    return key_bits, value_bits
 
 
 def default_subspace_dim(num_kv_heads: int, head_dim: int) -> int:
@@ -384,3 +478,52 @@ def full_attention_rope(text_config: PreTrainedConfig) -> dict[str, Any] | None:
     if isinstance(parameters.get("full_attention"), Mapping):
         parameters = parameters["full_attention"]
     return dict(parameters)
+
+
+# Settings that say how frequencies are given to channels, and are no part of the frequencies.
+_ROPE_LAYOUT = ("mrope_section", "mrope_interleaved")
+# What a formula of transformers raises for settings that it was not written for.
+_ROPE_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _turn_alike(
+    text_config: PreTrainedConfig, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
+) -> bool:
+    """Whether two rotary settings of full-attention layers turn keys alike, in contexts of any length."""
+    if first is None or second is None or any(first.get(key) != second.get(key) for key in _ROPE_LAYOUT):
+        return False
+    kind = first.get("rope_type", "default")
+    if kind != second.get("rope_type", "default"):
+        return False
+    config = text_config.per_layer_config[compressible_layers(text_config)[0]]
+    try:
+        # longrope turns otherwise beyond its original length, "dynamic" does so the more the longer the context is.
+        ends = [
+            each.get("original_max_position_embeddings") or config.max_position_embeddings for each in (first, second)
+        ]
+        lengths = sorted({length for end in ends for length in (end, end + 1, 2 * end)})
+        ours, theirs = (_turning(config, kind, parameters, lengths) for parameters in (first, second))
+    except _ROPE_MISFITS:
+        return False
+    return ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
+
+
+def _turning(
+    layer_config: PreTrainedConfig, kind: str, parameters: Mapping[str, Any], lengths: list[int]
+) -> tuple[list[float], torch.Tensor]:
+    """Scaling, and frequencies `[lengths, P]`, by transformers' own formulas.
+
+    Raises:
+        _ROPE_MISFITS: for settings that no formula is known for.
+    """
+    share = parameters.get("partial_rotary_factor") or 1.0
+    if not 0 < share <= 1:
+        raise ValueError("no such part of a head can be turned")
+    if kind == "default":
+        width = int(_layer_geometry(layer_config)[1] * share)
+        return [1.0], 1.0 / parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    # A formula completes the settings that it is given; those of the model stay as they are.
+    config = copy.copy(layer_config)
+    vars(config)["rope_parameters"] = copy.deepcopy(dict(parameters))
+    found = [ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length) for length in lengths]
+    return [float(scaling) for _, scaling in found], torch.stack([frequencies for frequencies, _ in found])

@@ -185,6 +185,57 @@ def test_bits_that_do_not_come_out(short_model: Path, text_files: tuple[Path, Pa
     assert_one_line(run(*calibrate, "--bits", 1.1), "The nearest legal values are 1 and 1.125")
 
 
+def test_bits_that_contradict_one_another(short_model: Path, text_files: tuple[Path, Path], tmp_path: Path) -> None:
+    calibrate = ("calibrate", short_model, "--text", text_files[0], "-o", tmp_path / "out", *CALIBRATION)
+    both = ("--key-bits", 1, "--value-bits", 2)
+    assert_one_line(
+        run(*calibrate, *both, "--bits", 1), "--bits has nothing to say beside --key-bits and --value-bits"
+    )
+    made = run_json(*calibrate, "--key-bits", 0.5)
+    assert (made["key_bits"], made["value_bits"]) == (0.5, 1)
+
+
+def test_codebooks_that_are_named_twice(
+    codebooks: tuple[Path, dict[str, Any]], short_model: Path, text_files: tuple[Path, Path]
+) -> None:
+    folder = codebooks[0]
+    command = ("eval", short_model, folder, "--text", text_files[1], "--windows", 1, "--window-length", 64)
+    assert_one_line(run(*command, folder), "is named twice")
+    assert_one_line(run(*command, f"{folder}/."), "are the same codebooks")
+    assert_one_line(run(*command, "--bits", 0.5, "--bits", "0.50"), "--bits 0.5 is named twice")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "bench", "finetune", "calibrate", "inspect", "push"])
+def test_swapped_arguments_are_one_line(
+    command: str,
+    codebooks: tuple[Path, dict[str, Any]],
+    short_model: Path,
+    text_files: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    folder = codebooks[0]
+    text = ("--text", text_files[1])
+    given = {
+        "generate": (folder, short_model, "--prompt", "The sea"),
+        "eval": (folder, short_model, *text),
+        "bench": (folder, short_model),
+        "finetune": (folder, short_model, *text, "-o", tmp_path / "out"),
+        "calibrate": (folder, *text, "-o", tmp_path / "out"),
+        "inspect": (short_model,),
+        "push": ("tester/swapped", folder),
+    }[command]
+    messages = {"inspect": "holds no codebooks", "push": "is not a folder"}
+    assert_one_line(run(command, *given), messages.get(command, "holds codebooks. Name the model first"))
+    assert_one_line(run(command, "", *given[1:]), "")
+
+
+def test_names_do_not_command_the_terminal(codebooks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    loaded = GSRQCodebooks.from_pretrained(codebooks[0])
+    loaded.provenance["data"] = {"name": "prose\u202e\r\u2028"}
+    loaded.save_pretrained(tmp_path)
+    assert "prose\\u202e\\r\\u2028, 768 tokens" in run("inspect", tmp_path).stdout
+
+
 def test_models_that_are_not_there_or_not_known(codebooks: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     options = ("--prompt", "The sea")
     assert_one_line(run("generate", tmp_path / "nowhere", codebooks[0], *options), "nowhere does not exist. Name a")

@@ -270,6 +270,25 @@ def test_tokens(repo_id: str) -> None:
         GSRQCodebooks.from_pretrained("tester/nothing-here", token="stolen")
 
 
+@pytest.mark.parametrize("token", [None, False, True])
+def test_without_a_token(token: bool | None, repo_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+    with pytest.raises(PermissionError, match="You are not logged in to the Hub. Log in with `hf auth login`"):
+        make_codebooks().push_to_hub(repo_id, token=token)
+
+
+def test_names_in_a_repository_do_not_command_the_terminal(repo_id: str, tmp_path: Path) -> None:
+    make_codebooks().save_pretrained(tmp_path)
+    HfApi().create_repo(repo_id)
+    name = "1bit\x1b[2J"
+    for file in ("config.json", "codebooks.safetensors"):
+        HfApi().upload_file(path_or_fileobj=tmp_path / file, path_in_repo=f"{name}/{file}", repo_id=repo_id)
+    with pytest.raises(FileNotFoundError, match="There are some in") as refused:
+        GSRQCodebooks.from_pretrained(repo_id)
+    assert str(refused.value).isprintable()
+
+
 def damage(change: Callable[[dict], None]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         document = json.loads((folder / "config.json").read_text())

@@ -37,7 +37,9 @@ FINISHED = "layer-*.safetensors"
 def run(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the codebooks.", metavar="DIR")],
-    bits: Annotated[float, typer.Option(help="Bits per element, for keys and for values, 0.25 to 4.")] = 1.0,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits per element, for keys and for values, 0.25 to 4; 1 by default.")
+    ] = None,
     key_bits: Annotated[float | None, typer.Option(help="Instead of --bits for keys.")] = None,
     value_bits: Annotated[float | None, typer.Option(help="Instead of --bits for values.")] = None,
     subspace_dim: Annotated[
@@ -75,6 +77,10 @@ def run(
     Needs some 260,000 tokens for the best result (128 windows of 2,048). An interrupted run goes on where it stopped
     when the same command is given again.
     """
+    if bits is not None and key_bits is not None and value_bits is not None:
+        raise ValueError("--bits has nothing to say beside --key-bits and --value-bits. Leave one of the three away.")
+    if bits is None and (key_bits is None or value_bits is None):
+        bits = 1.0
     checkpoint = partial_folder(output)
     if push_to:
         HubId.parse(push_to if "/" in push_to else f"me/{push_to}")

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..codebooks import check_replaceable
+from ..foreign import printable
+from ..hub import TENSORS_NAME
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
@@ -83,6 +85,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
             if "as_json" in own.parameters:
                 arguments["as_json"] = as_json
             try:
+                _check_model(arguments.get("model", ""))
                 report = function(**arguments)
             except (KeyboardInterrupt, Interrupted) as stopped:
                 _fail(str(stopped) or "Interrupted.", 130, stopped if debug else None)
@@ -91,7 +94,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
             if as_json:
                 typer.echo(json.dumps(_json(report.figures), indent=2, allow_nan=False))
             elif report.text:
-                typer.echo(report.text)
+                # Names and notes in codebooks are anybody's, and must not command the terminal.
+                typer.echo(printable(report.text, layout="\n"))
             if report.failures:
                 _fail_after(report.failures, debug)
 
@@ -112,6 +116,12 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Report]], No
     return add
 
 
+def _check_model(model: str) -> None:
+    """Say that arguments were swapped before somebody else says less."""
+    if model and (Path(model) / TENSORS_NAME).is_file():
+        raise ValueError(f"MODEL is {model}, which holds codebooks. Name the model first, then CODEBOOKS.")
+
+
 def _json(value: Any) -> Any:
     """JSON knows neither NaN nor infinity: a standard error of a single number is null."""
     if isinstance(value, dict):
@@ -130,7 +140,7 @@ def _one_line(error: BaseException) -> str:
 def _fail(message: str, code: int, shown: BaseException | None) -> NoReturn:
     if shown is not None:
         raise shown
-    typer.echo(f"gsrq: {message}", err=True)
+    typer.echo(f"gsrq: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -139,7 +149,7 @@ def _fail_after(failures: Sequence[tuple[str, BaseException]], debug: bool) -> N
     for undone, error in failures:
         stopped = stopped or isinstance(error, KeyboardInterrupt)
         why = f"Interrupted: {undone}." if isinstance(error, KeyboardInterrupt) else f"{undone}: {_one_line(error)}"
-        typer.echo(f"gsrq: {why[0].upper()}{why[1:]}", err=True)
+        typer.echo(f"gsrq: {printable(why[0].upper() + why[1:])}", err=True)
     for _, error in failures:
         if debug or not isinstance(error, (KeyboardInterrupt, *EXPECTED)):
             raise error

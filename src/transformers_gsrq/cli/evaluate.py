@@ -103,10 +103,11 @@ def run(
         prompt_lengths=tuple(prompt_length or Settings.prompt_lengths),
         seed=seed,
     )
-    _check(settings, codebooks, plots, save)
+    _check(settings, codebooks, bits or [], plots, save)
     texts, data_name = named_texts(text, dataset, split, column, dataset_config)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
+    _check_different(sources)
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
     data = token_windows(tokenizer, texts, window_length, windows)
     if plots is not None and "perplexity" in settings.measures:
@@ -159,8 +160,12 @@ def _noted(failures: list[tuple[str, BaseException]], undone: str) -> Iterator[N
         failures.append((undone, error))
 
 
-def _check(settings: Settings, codebooks: list[str], plots: Path | None, save: bool) -> None:
-    """Refuse what would only fail after the work."""
+def _check(settings: Settings, codebooks: list[str], bits: list[float], plots: Path | None, save: bool) -> None:
+    """Refuse what would only fail after the work, and what is named twice."""
+    names = [*codebooks, *(f"--bits {rate:g}" for rate in bits)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice. Name each codebooks and each rate once.")
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError('Pictures need matplotlib: pip install "transformers-gsrq[plots]".')
     if plots is not None and not {"perplexity", "retrieval"} & set(settings.measures):
@@ -173,6 +178,15 @@ def _check(settings: Settings, codebooks: list[str], plots: Path | None, save: b
         check_folder("--save", Path(source))
     if plots is not None:
         check_folder("--plots", plots)
+
+
+def _check_different(sources: dict[str, GSRQCodebooks]) -> None:
+    """Refuse codebooks that go by two names."""
+    seen: dict[str, str] = {}
+    for name, made in sources.items():
+        other = seen.setdefault(made.digest, name)
+        if other != name:
+            raise ValueError(f"{other} and {name} are the same codebooks (digest {made.digest[:12]}). Name them once.")
 
 
 def _compare(first: str, others: list[str]) -> Report:
