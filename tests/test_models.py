@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache
+from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.models import check_length, execution_device, fingerprint, position_limit
 
 
@@ -98,7 +99,7 @@ def test_caches_of_torchao_models_are_saved_and_loaded(scheme: str, tmp_path: An
         quantization.quantize_(model.model, getattr(quantization, scheme)())
     model, same, other = models
     cache = GSRQCache(random_codebooks(model), model, residual_length=4)
-    model.generate(torch.arange(3, 43)[None], max_new_tokens=4, cache=cache)
+    model.generate(torch.arange(3, 43)[None], max_new_tokens=4, **{CACHE_ARGUMENT: cache})
     cache.save(tmp_path / "cache.safetensors")
     loaded = GSRQCache.load(tmp_path / "cache.safetensors", cache.codebooks, same)
     assert loaded.get_seq_length() == cache.get_seq_length()
