@@ -1,7 +1,8 @@
-"""Tensors on disk: safetensors files, written whole or not at all."""
+"""Files on disk: folders that can be written, safetensors files written whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,24 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before the long work.
+
+    Args:
+        option: That named it.
+        folder: There or not.
+
+    Raises:
+        NotADirectoryError: if it, or a folder that it would lie in, is a file.
+        PermissionError: if it cannot be written.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {there} is a file. Name a folder that is not there yet.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {folder}: {there} is not writable. Make it so, or name another folder.")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

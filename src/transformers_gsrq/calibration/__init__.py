@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codebooks import GSRQCodebooks
 from ..config import GSRQConfig
+from ..files import check_folder
+from ..models import capped_length
 from ..text import token_windows
 from .capture import Samples, capture
-from .fit import check_options, fit
+from .fit import check_amount, check_options, fit
 from .gskm import Clustering, cluster
 from .refine import refine
 from .report import model_record
@@ -21,6 +24,7 @@ from .report import model_record
 __all__ = ["Clustering", "Samples", "calibrate", "capture", "cluster", "fit", "refine"]
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,7 +51,7 @@ def calibrate(
         texts: Calibration texts; shuffled by `seed`.
         config: What to learn, from `GSRQConfig.for_model(model.config, bits=...)`.
         num_samples: Windows to read at most.
-        window_length: Tokens of a window.
+        window_length: Tokens of a window; fewer, with a warning, where the model's positions end before.
         max_vectors: Tokens, sampled from all windows, that the clustering sees.
         weighting: "log" weights vectors by the loss gradient (the paper's), "raw", or "none" (no backward pass).
         method: "gskm", or "kmeans" as a baseline.
@@ -65,14 +69,19 @@ def calibrate(
 
     Raises:
         ValueError: if the model is not supported, does not match the config, or the text is too short.
+        RuntimeError: if the model's layers have no backward pass, which `weighting="none"` does without.
     """
     config.check_model(model.config)
+    if checkpoint is not None:
+        check_folder("checkpoint", Path(checkpoint))
     check_options(weighting, method, iterations)
     if refine_rounds < 0:
         raise ValueError(f"refine_rounds must be 0 or more, got {refine_rounds}.")
     if max_vectors < config.num_centroids:
         raise ValueError(f"max_vectors must be at least the {config.num_centroids} centroids, got {max_vectors}.")
+    window_length = capped_length(model, window_length)
     windows = token_windows(tokenizer, texts, window_length, num_samples, seed)
+    check_amount(min(max_vectors, windows.numel()), config)
     began = time.perf_counter()
     samples = capture(
         model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from ..compat import CACHE_ARGUMENT, native_layers
 from ..config import KINDS, GSRQConfig, Kind
 from ..hooks import attach, detach, is_attached
-from ..models import fingerprint, input_device
+from ..models import check_length, fingerprint, input_device
 from ..ops.reference import unrotate
 from ..rope import Rotary, read_rotary
 from ..steps import Step, SteppedCache
@@ -90,6 +91,7 @@ class RecordingCache(SteppedCache):
         """Nothing to undo: the cache is dropped with its forward pass."""
 
 
+@torch.inference_mode(False)
 def capture(
     model: PreTrainedModel,
     windows: torch.Tensor,
@@ -102,7 +104,8 @@ def capture(
 ) -> Samples:
     """Run the model over token windows and sample the states of its compressed layers.
 
-    The same tokens are sampled in every layer, uniformly, at most `max_vectors` in all.
+    The same tokens are sampled in every layer, uniformly, at most `max_vectors` in all and from every window as many
+    as from another, give or take one. Windows that none are taken from are not read.
 
     Args:
         model: The model; attached while it runs, its parameters are not changed.
@@ -115,27 +118,44 @@ def capture(
 
     Returns:
         The samples.
+
+    Raises:
+        ValueError: if the windows are longer than the model can read, or gradients are asked for of a model whose
+            weights were made under `torch.inference_mode`.
+        RuntimeError: if the model's layers have no backward pass.
     """
+    check_length(model, windows.shape[1], "Pass shorter windows.")
+    if gradients:
+        check_differentiable(model, ', or calibrate with weighting="none"')
+    # Before the long work: what cannot be named could not be kept either.
+    origin = f"{fingerprint(model)} {seed}"
     rotaries: dict[int, Rotary | None] = dict.fromkeys(config.layers)
     if config.key_space == "before_rope":
         rotaries = read_rotary(model, config.layers)
     generator = torch.Generator().manual_seed(seed)
-    per_window = -(-max_vectors // windows.shape[0])
+    # Tokens made under inference_mode cannot be used with gradients; a copy can.
+    windows = windows.clone()
+    wanted = min(max_vectors, windows.numel())
+    num_tokens = 0
     states: dict[tuple[int, Kind], list[torch.Tensor]] = {(i, kind): [] for i in config.layers for kind in KINDS}
     slopes: dict[tuple[int, Kind], list[torch.Tensor]] = {key: [] for key in states}
     with attached(model):
-        for window in tqdm(windows, desc="Reading text", unit="window", disable=not progress):
-            chosen = torch.randperm(windows.shape[1], generator=generator)[:per_window].sort().values
+        for index, window in enumerate(tqdm(windows, desc="Reading text", unit="window", disable=not progress)):
+            count = (index + 1) * wanted // len(windows) - index * wanted // len(windows)
+            chosen = torch.randperm(len(window), generator=generator)[:count].sort().values
+            if not count:
+                continue
+            num_tokens += len(window)
             for key, state, slope in _read_window(model, window, config, rotaries, gradients, chosen):
                 states[key].append(state)
                 if slope is not None:
                     slopes[key].append(slope)
     return Samples(
-        states=_joined(states, max_vectors),
-        gradients=_joined(slopes, max_vectors) if gradients else {},
+        states=_joined(states),
+        gradients=_joined(slopes) if gradients else {},
         data_digest=windows_digest(windows),
-        num_tokens=windows.numel(),
-        origin=f"{fingerprint(model)} {seed}",
+        num_tokens=num_tokens,
+        origin=origin,
     )
 
 
@@ -155,11 +175,41 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
             detach(model)
 
 
-def _joined(
-    parts: dict[tuple[int, Kind], list[torch.Tensor]], max_vectors: int
-) -> dict[tuple[int, Kind], torch.Tensor]:
+@contextmanager
+def backward_pass(model: PreTrainedModel, advice: str) -> Iterator[None]:
+    """A backward pass through a model; if it fails, the error says what else can be done.
+
+    Raises:
+        RuntimeError: if it fails, but for a lack of memory, which is raised as it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"No gradients come through this {type(model).__name__} ({said}). Layers of some quantized weights have "
+            f"no backward pass. {advice}"
+        ) from error
+
+
+def check_differentiable(model: PreTrainedModel, advice: str) -> None:
+    """Check that gradients can be computed with a model's weights.
+
+    Raises:
+        ValueError: if the model was made under `torch.inference_mode`.
+    """
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            f"This {type(model).__name__} was made under torch.inference_mode, and no gradients can be computed with "
+            f"such weights. Load it outside of inference_mode{advice}."
+        )
+
+
+def _joined(parts: dict[tuple[int, Kind], list[torch.Tensor]]) -> dict[tuple[int, Kind], torch.Tensor]:
     """Each key's parts as one tensor; they are let go one by one, so that not everything is there twice."""
-    return {key: torch.cat(parts.pop(key))[:max_vectors] for key in list(parts)}
+    return {key: torch.cat(parts.pop(key)) for key in list(parts)}
 
 
 def _read_window(
@@ -180,7 +230,8 @@ def _read_window(
         if gradients:
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:].to(logits.device))
             # Scaled so that tiny per-token gradients survive half precision; weights only use ratios.
-            slopes = torch.autograd.grad(loss * input_ids.numel(), recorded)
+            with backward_pass(model, 'Calibrate with weighting="none", which needs none.'):
+                slopes = torch.autograd.grad(loss * input_ids.numel(), recorded)
     out = []
     for key, state, slope in zip(keys, recorded, slopes, strict=True):
         rotary = rotaries[key[0]] if key[1] == "key" else None

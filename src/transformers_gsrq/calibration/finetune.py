@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..config import KINDS, Kind
-from ..files import write_tensors
-from ..models import fingerprint, input_device
+from ..files import check_folder, write_tensors
+from ..models import capped_length, fingerprint, input_device
 from ..ops import encode_vectors
 from ..ops.reference import decode_vectors, split_subspaces
 from ..rope import read_rotary
 from ..simulation import Codec, Coding, SimulatedCache, StatelessLayer, layer_device
 from ..text import token_windows, windows_digest
-from .capture import attached
+from .capture import attached, backward_pass, check_differentiable
+from .fit import exact_centroids
 from .recall import HELD_OUT_WINDOWS, TrainingData, WeightedWindow
 from .report import model_record
 
@@ -73,10 +74,12 @@ class FinetuneOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.recall_share <= 1:
             raise ValueError(f"recall_share must be 0 to 1, got {self.recall_share}.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -103,9 +106,9 @@ def finetune(
         checkpoint: Folder that keeps the state, so that an interrupted run with the same arguments goes on.
         progress: Show a progress bar.
         data_name: What to call the texts in the provenance.
-        **options: Fields of `FinetuneOptions`: `steps` (200), `window_length` (2048), `batch_size` (1),
-            `learning_rate` (3e-3, relative to the spread of a stage), `recall_share` (0.25, windows that
-            demand exact recall), `evaluate_every` (25) and `patience` (5) of early stopping on held-out windows,
+        **options: Fields of `FinetuneOptions`: `steps` (200), `window_length` (2048, capped as in `calibrate`),
+            `batch_size` (1), `learning_rate` (3e-3, relative to the spread of a stage), `recall_share` (0.25, windows
+            that demand exact recall), `evaluate_every` (25) and `patience` (5) of early stopping on held-out windows,
             `beam_width` (1), `gradient_checkpointing` (False, less memory for a third more time), `seed` (0).
 
     Returns:
@@ -115,9 +118,14 @@ def finetune(
     Raises:
         ValueError: if the codebooks do not fit the model, an option is out of range, the text is too short, or the
             checkpoint was begun with another number of processes.
+        RuntimeError: if the model's layers have no backward pass.
     """
     chosen = FinetuneOptions(**options)
     codebooks.config.check_model(model.config)
+    check_differentiable(model, "")
+    if checkpoint is not None:
+        check_folder("checkpoint", Path(checkpoint))
+    chosen = replace(chosen, window_length=capped_length(model, chosen.window_length))
     windows = token_windows(tokenizer, texts, chosen.window_length, seed=chosen.seed)
     if len(windows) <= HELD_OUT_WINDOWS:
         raise ValueError(
@@ -162,7 +170,7 @@ class _Trainer:
         for layer in config.layers:
             device = layer_device(model, layer)
             for kind in KINDS:
-                start = codebooks.centroids(layer, kind, device, torch.float32)
+                start = exact_centroids(codebooks, layer, kind, device)
                 # In units of the spread of its own stage: first-stage keys share a mean many times larger than that.
                 spread = start - start.mean(-2, keepdim=True)
                 scale = spread.square().mean((-1, -2), keepdim=True).sqrt().clamp(min=1e-8)
@@ -178,6 +186,10 @@ class _Trainer:
             layer: Coding({kind: self._codec(layer, kind) for kind in KINDS}, rotaries[layer])
             for layer in config.layers
         }
+        # Named before the long work, so that it cannot fail after it.
+        guard = [windows_digest(window.input_ids) for window in data.guard]
+        identity = [asdict(options), data.digest, guard, codebooks.digest, fingerprint(model)]
+        self.identity = json.dumps(identity)
         self.step = 0
         self.course: list[dict[str, float]] = []
         self.best = self._snapshot()
@@ -186,6 +198,7 @@ class _Trainer:
         self.stopped = ""
 
     def run(self, progress: bool) -> None:
+        self._check_backward()
         self._resume()
         if not self.course:
             self._evaluate()
@@ -291,6 +304,14 @@ class _Trainer:
             self.optimizer.step()
         return total
 
+    def _check_backward(self) -> None:
+        """Try on two tokens, before the long work, that gradients come back to every codebook."""
+        with backward_pass(self.model, "Distill from the model with plain weights; the codebooks fit both."):
+            self._divergence(WeightedWindow.plain(self.data.train[0][:2])).backward()
+            if any(parameter.grad is None for parameter in self.parameters.values()):
+                raise RuntimeError("some codebooks get none")
+        self.optimizer.zero_grad()
+
     def _divergence(self, window: WeightedWindow) -> torch.Tensor:
         """Weighted mean divergence (nats) of predictions with coded states from the plain model's."""
         ids = window.input_ids[None].to(input_device(self.model))
@@ -349,12 +370,6 @@ class _Trainer:
 
     # State on disk
 
-    @cached_property
-    def _identity(self) -> str:
-        guard = [windows_digest(window.input_ids) for window in self.data.guard]
-        model = fingerprint(self.model)
-        return json.dumps([asdict(self.options), self.data.digest, guard, self.codebooks.digest, model])
-
     def _save(self) -> None:
         if self.folder is None or not self.state.is_main_process:
             return
@@ -370,7 +385,7 @@ class _Trainer:
             "step": self.step, "course": self.course, "seconds": self.seconds, "stopped": self.stopped,
             "slowdown": self.slowdown, "processes": self.state.num_processes,
         }  # fmt: skip
-        metadata = {"identity": self._identity, "progress": json.dumps(progress)}
+        metadata = {"identity": self.identity, "progress": json.dumps(progress)}
         write_tensors(self.folder / "state.safetensors", tensors, metadata)
 
     def _resume(self) -> None:
@@ -379,7 +394,7 @@ class _Trainer:
             return
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("identity") != self._identity:
+            if metadata.get("identity") != self.identity:
                 logger.warning("%s belongs to a distillation with other arguments; starting anew.", path)
                 return
             progress = json.loads(metadata["progress"])

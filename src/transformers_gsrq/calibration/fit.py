@@ -103,14 +103,17 @@ def fit(
         The codebooks.
 
     Raises:
-        ValueError: for an unknown weighting or method, too few vectors, or gradients that were not captured.
+        ValueError: for an unknown weighting or method, too few vectors, or layers or gradients that were not captured.
     """
     check_options(weighting, method, iterations)
-    if weighting != "none" and not samples.gradients:
-        raise ValueError(
-            f"weighting={weighting!r} needs gradients: capture(..., gradients=True), or weighting='none'."
+    check_samples(samples, config, weighting)
+    fitted = check_amount(samples.num_vectors, config)
+    if fitted < FEW_VECTORS_PER_CENTROID * config.num_centroids:
+        logger.warning(
+            "Only %.1f vectors for each of the %d centroids: quality will suffer. Calibrate on more text.",
+            fitted / config.num_centroids,
+            config.num_centroids,
         )
-    _check_amount(samples, config)
     options = {
         "weighting": weighting,
         "method": method,
@@ -143,19 +146,34 @@ def fit(
     return GSRQCodebooks(config, gains, shapes, {**(provenance or {}), **made})
 
 
-def _check_amount(samples: Samples, config: GSRQConfig) -> None:
-    fitted = samples.num_vectors - int(samples.num_vectors * HELD_OUT_SHARE)
+def check_samples(samples: Samples, config: GSRQConfig, weighting: str) -> None:
+    """Check that samples hold what fitting a config takes.
+
+    Raises:
+        ValueError: if states of a layer are missing, or gradients.
+    """
+    missing = [layer for layer in config.layers if (layer, KINDS[0]) not in samples.states]
+    if missing:
+        raise ValueError(f"The samples hold no states of layer {missing[0]}. Capture them with the same config.")
+    if weighting != "none" and not samples.gradients:
+        raise ValueError(
+            f"weighting={weighting!r} needs gradients: capture(..., gradients=True), or weighting='none'."
+        )
+
+
+def check_amount(num_vectors: int, config: GSRQConfig) -> int:
+    """Vectors that are left to fit of those that are sampled.
+
+    Raises:
+        ValueError: if they are fewer than the centroids.
+    """
+    fitted = num_vectors - int(num_vectors * HELD_OUT_SHARE)
     if fitted < config.num_centroids:
         raise ValueError(
-            f"{samples.num_vectors} sampled tokens leave {fitted} to fit {config.num_centroids} centroids. Calibrate "
+            f"{num_vectors} sampled tokens leave {fitted} to fit {config.num_centroids} centroids. Calibrate "
             "on more text (num_samples, window_length) or raise max_vectors."
         )
-    if fitted < FEW_VECTORS_PER_CENTROID * config.num_centroids:
-        logger.warning(
-            "Only %.1f vectors for each of the %d centroids: quality will suffer. Calibrate on more text.",
-            fitted / config.num_centroids,
-            config.num_centroids,
-        )
+    return fitted
 
 
 def _fit_one(
@@ -230,6 +248,12 @@ def fit_stages(
 def _subspaces(states: torch.Tensor, width: int) -> torch.Tensor:
     """`[N, H, D]` to float32 `[M, N, S]`."""
     return split_subspaces(states.transpose(0, 1)[None], width).float()
+
+
+def exact_centroids(codebooks: GSRQCodebooks, layer: int, kind: Kind, device: torch.device) -> torch.Tensor:
+    """Centroids gain * shape, float32 `[M, R, K, S]`, as they are trained; the codebooks keep no copy."""
+    gains, shapes = (part(layer, kind).to(device).float() for part in (codebooks.gains, codebooks.shapes))
+    return gains[..., None] * shapes
 
 
 def _subtract(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:

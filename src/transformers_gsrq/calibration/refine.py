@@ -10,7 +10,7 @@ from ..config import KINDS, Kind
 from ..ops import encode_vectors
 from ..ops.reference import look_up
 from .capture import Samples
-from .fit import _subspaces, gradient_weights, split_rows
+from .fit import _subspaces, check_options, check_samples, exact_centroids, gradient_weights, split_rows
 
 
 def refine(
@@ -43,7 +43,12 @@ def refine(
 
     Returns:
         New codebooks; the held-out error before and after is in their provenance.
+
+    Raises:
+        ValueError: for an unknown weighting, or layers or gradients that were not captured.
     """
+    check_options(weighting)
+    check_samples(samples, codebooks.config, weighting)
     gains, shapes, reports = {}, {}, []
     jobs: list[tuple[int, Kind]] = [(layer, kind) for layer in codebooks.config.layers for kind in KINDS]
     for layer, kind in tqdm(jobs, desc="Refining codebooks", unit="codebook", disable=not progress):
@@ -56,7 +61,7 @@ def refine(
             weights = weights if found is None else found
         kept, held = split_rows(vectors.shape[1], seed)
         held = held if len(held) else kept[:1]
-        best = codebooks.centroids(layer, kind, vectors.device, torch.float32)
+        best = exact_centroids(codebooks, layer, kind, vectors.device)
         before = least = _error(vectors[:, held], weights[:, held], best, beam_width)
         current = best
         for _ in range(rounds):

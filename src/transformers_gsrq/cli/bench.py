@@ -43,6 +43,7 @@ def run(
     is installed. Without --text random tokens are read: times and bytes do not depend on what the text says.
     """
     lengths = _lengths(contexts)
+    learned = GSRQCodebooks.from_pretrained(codebooks, token=token)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     needed = max(lengths) + new_tokens + 1
     if text:
@@ -50,7 +51,6 @@ def run(
     else:
         token_ids = torch.randint(len(tokenizer), (needed,), generator=torch.Generator().manual_seed(0))
     results = []
-    learned = GSRQCodebooks.from_pretrained(codebooks, token=token)
     for speed in measure_speed(loaded, learned, token_ids, lengths, new_tokens=new_tokens, backend=backend):
         typer.echo(f"{speed.cache}, {speed.context} tokens: {speed.token_ms:.1f} ms a token", err=True)
         results.append(speed)

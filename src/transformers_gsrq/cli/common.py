@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -21,8 +20,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..codebooks import check_replaceable
+from ..files import check_folder
 from ..foreign import printable
-from ..hub import TENSORS_NAME
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
@@ -175,24 +174,6 @@ def partial_folder(output: Path) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     check_folder("--output", partial)
     return partial
-
-
-def check_folder(option: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, before the long work.
-
-    Args:
-        option: That named it.
-        folder: There or not.
-
-    Raises:
-        NotADirectoryError: if it, or a folder that it would lie in, is a file.
-        PermissionError: if it cannot be written.
-    """
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{option} {folder}: {there} is a file. Name a folder that is not there yet.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option} {folder}: {there} is not writable. Make it so, or name another folder.")
 
 
 def remove_partial(folder: Path, name: str) -> None:

@@ -16,7 +16,9 @@ from ..config import KINDS, ROUNDING
 from ..evaluation.compare import compare_records, read_record
 from ..evaluation.measures import MEASURES, Settings, evaluate
 from ..evaluation.records import perplexity_record, run_record
+from ..files import check_folder
 from ..loading import load_model
+from ..models import fingerprint
 from ..text import token_windows
 from .common import (
     BeamOption,
@@ -31,7 +33,6 @@ from .common import (
     SplitOption,
     TextOption,
     TokenOption,
-    check_folder,
     command_line,
     named_texts,
 )
@@ -104,11 +105,12 @@ def run(
         seed=seed,
     )
     _check(settings, codebooks, bits or [], plots, save)
-    texts, data_name = named_texts(text, dataset, split, column, dataset_config)
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
     _check_different(sources)
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
+    texts, data_name = named_texts(text, dataset, split, column, dataset_config)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
+    model_fingerprint = fingerprint(loaded)
     data = token_windows(tokenizer, texts, window_length, windows)
     if plots is not None and "perplexity" in settings.measures:
         from ..evaluation.plots import MIN_TOKENS
@@ -128,7 +130,16 @@ def run(
     if not done:
         raise failures[0][1]
     settings = replace(settings, measures=tuple(name for name in settings.measures if name in done))
-    record = run_record(loaded, data, rates, found, settings, data=data_name, command=command_line())
+    record = run_record(
+        loaded,
+        data,
+        rates,
+        found,
+        settings,
+        model_fingerprint=model_fingerprint,
+        data=data_name,
+        command=command_line(),
+    )
     saved = []
     for source, made in sources.items() if save and "perplexity" in found else ():
         with _noted(failures, f"nothing was saved with {source}"):

@@ -13,6 +13,7 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..loading import load_model, read_texts
+from ..models import check_length
 from .common import (
     BeamOption,
     CodebooksArgument,
@@ -52,15 +53,23 @@ def run(
     parts = [*(read_texts([prompt_file]) if prompt_file else ()), *([prompt] if prompt else ())]
     if not parts:
         raise ValueError("There is nothing to continue: give --prompt TEXT, --prompt-file FILE, or both.")
+    learned = GSRQCodebooks.from_pretrained(codebooks, token=token)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=model_revision, token=token)
     cache = GSRQCache(
-        GSRQCodebooks.from_pretrained(codebooks, token=token),
+        learned,
         loaded,
         residual_length=residual_length,
         sink_length=sink_length,
         beam_width=beam_width,
     )
     inputs = _inputs(tokenizer, "\n\n".join(parts), chat).to(loaded.device)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    # Nobody reads the last token.
+    check_length(
+        loaded,
+        prompt_tokens + max_new_tokens - 1,
+        f"The prompt has {prompt_tokens} and --max-new-tokens is {max_new_tokens}: shorten it, or generate less.",
+    )
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     out = loaded.generate(
@@ -70,7 +79,6 @@ def run(
         streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
-    prompt_tokens = inputs["input_ids"].shape[1]
     memory = cache.memory()
     figures = {
         "text": tokenizer.decode(out[0, prompt_tokens:], skip_special_tokens=True),

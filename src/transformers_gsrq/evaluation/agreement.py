@@ -15,9 +15,9 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
 from ..config import KINDS
-from ..models import input_device
+from ..models import check_length, input_device
 from ..simulation import CodebookMethod, Method, SimulatedCache, codings
-from .perplexity import PLAIN, Perplexity, mean_error, summarize
+from .perplexity import PLAIN, SHORTER_WINDOWS, Perplexity, mean_error, summarize
 
 # Predictions compared at once, so that float32 logits of a large vocabulary stay small.
 BLOCK_TOKENS = 512
@@ -70,12 +70,14 @@ def measure_agreement(
         Results by name; the plain cache's is named "plain".
 
     Raises:
-        ValueError: for a window of fewer than two tokens, or a method named "plain".
+        ValueError: for a window of fewer than two tokens, or of more than the model can read, or a method named
+            "plain".
     """
     if windows.shape[1] < 2:
         raise ValueError(f"A window must have at least 2 tokens to predict one, got {windows.shape[1]}.")
     if PLAIN in methods:
         raise ValueError(f"{PLAIN!r} is the name of the model's own cache; give the method another name.")
+    check_length(model, windows.shape[1], SHORTER_WINDOWS)
     coding = {name: codings(model, method) for name, method in methods.items()}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in (PLAIN, *methods)}
     for part in tqdm(windows.split(batch_size), desc="Agreement", unit="batch", disable=not progress):
@@ -138,7 +140,7 @@ def measure_attribution(
         ("layers 0-7"), and "plain".
 
     Raises:
-        ValueError: for a window of fewer than two tokens.
+        ValueError: for a window of fewer than two tokens, or of more than the model can read.
     """
     found = {}
     for name, method in methods.items():
@@ -175,7 +177,13 @@ def measure_divergence_lengths(
 
     Returns:
         For each name a number for each prompt.
+
+    Raises:
+        ValueError: if a prompt and its text are longer than the model can read.
     """
+    longest = max((prompt.numel() for prompt in prompts), default=0)
+    # Nobody reads the last token.
+    check_length(model, longest + max_new_tokens - 1, "Pass shorter prompts, or a smaller max_new_tokens.")
     lengths: dict[str, list[int]] = {name: [] for name in codebooks}
     for prompt in tqdm(prompts, desc="Greedy texts", unit="prompt", disable=not progress):
         ids = prompt[None].to(input_device(model))

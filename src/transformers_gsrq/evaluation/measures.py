@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..codebooks import GSRQCodebooks
+from ..models import check_length, position_limit
 from ..simulation import CodebookMethod
 from .agreement import measure_agreement, measure_attribution, measure_divergence_lengths
-from .perplexity import measure_perplexity
+from .perplexity import SHORTER_WINDOWS, measure_perplexity
 from .reconstruction import measure_reconstruction
-from .retrieval import TASKS, make_prompts, measure_retrieval, read_prompts
+from .retrieval import TASKS, check_prompts, make_prompts, measure_retrieval, read_prompts
 
 MEASURES = ("perplexity", "agreement", "attribution", "retrieval", "reconstruction")
 # Greedy texts cost a forward pass a token and cache: enough to see whether they part soon or late.
@@ -101,7 +102,8 @@ def evaluate(
         a list of `LayerReconstruction`. The plain cache's are named "plain".
 
     Raises:
-        ValueError: for codebooks of another model, windows of fewer than two tokens, or too little text for a prompt.
+        ValueError: for codebooks of another model, windows of fewer than two tokens, too little text for a prompt, or
+            windows or prompts of more tokens than the model can read.
     """
     for made in codebooks.values():
         made.config.check_model(model.config)
@@ -109,17 +111,23 @@ def evaluate(
     shown: dict[str, Any] = {"progress": progress}
     coded: dict[str, Any] = {"beam_width": settings.beam_width, **shown}
     found: dict[str, dict[str, Any]] = {}
+    if set(settings.measures) != {"retrieval"}:
+        check_length(model, windows.shape[1], SHORTER_WINDOWS)
     # Made first: too little text is told before the long work.
     prompts = [
         make_prompts(tokenizer, texts, task, length, settings.num_prompts, settings.seed)
         for length in (settings.prompt_lengths if "retrieval" in settings.measures else ())
         for task in TASKS
     ]
+    for part in prompts:
+        check_prompts(model, part)
     if "perplexity" in settings.measures:
         found["perplexity"] = measure_perplexity(model, windows, codebooks, **settings.reading, **coded)
     if "agreement" in settings.measures:
         found["agreement"] = measure_agreement(model, windows, methods, **shown)
-        first = list(windows[:GREEDY_PROMPTS])
+        # So that the text behind a prompt can be read too.
+        limit = position_limit(model)
+        first = list(windows[:GREEDY_PROMPTS, : None if limit is None else limit - GREEDY_TOKENS])
         generating = {**settings.generating, **coded}
         found["same_tokens"] = measure_divergence_lengths(
             model, first, codebooks, max_new_tokens=GREEDY_TOKENS, **generating

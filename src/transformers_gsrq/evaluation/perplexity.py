@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT
-from ..models import input_device
+from ..models import check_length, input_device
 
 PLAIN = "plain"
+# What to do where the positions of a model end before its text.
+SHORTER_WINDOWS = "Pass a smaller window_length."
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,16 @@ def measure_perplexity(
         Results by name; the plain cache's, in the dtype of the model, is named "plain".
 
     Raises:
-        ValueError: for a window of fewer than two tokens, or codebooks named "plain".
+        ValueError: for a window of fewer than two tokens, or of more than the model can read, or codebooks of another
+            model or named "plain".
     """
     if windows.shape[1] < 2:
         raise ValueError(f"A window must have at least 2 tokens to predict one, got {windows.shape[1]}.")
     if PLAIN in codebooks:
         raise ValueError(f"{PLAIN!r} is the name of the model's own cache; give the codebooks another name.")
+    check_length(model, windows.shape[1], SHORTER_WINDOWS)
+    for made in codebooks.values():
+        made.config.check_model(model.config)
     options = {"residual_length": 0, "sink_length": 0, **cache_options, "quantize_prefill": True}
     losses: dict[str, list[float]] = {name: [] for name in (PLAIN, *codebooks)}
     for window in tqdm(windows, desc="Perplexity", unit="window", disable=not progress):

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from ..codebooks import GSRQCodebooks
 from ..compat import computed_with
-from ..models import fingerprint
 from ..text import windows_digest
 from .measures import Settings
 from .perplexity import PLAIN, Perplexity
@@ -53,6 +52,7 @@ def run_record(
     found: Mapping[str, Mapping[str, Any]],
     settings: Settings,
     *,
+    model_fingerprint: str,
     data: str,
     command: str,
 ) -> dict[str, Any]:
@@ -64,6 +64,7 @@ def run_record(
         codebooks: What was measured, by name.
         found: What `evaluate` returned.
         settings: What it was told.
+        model_fingerprint: `fingerprint` of the model, taken before it was measured: it must not fail after that.
         data: What to call the text.
         command: The command line.
     """
@@ -81,7 +82,7 @@ def run_record(
     size = model.dtype.itemsize
     return {
         **circumstances(model),
-        "model_fingerprint": fingerprint(model),
+        "model_fingerprint": model_fingerprint,
         "command": command,
         "data": data,
         "data_digest": windows_digest(windows),

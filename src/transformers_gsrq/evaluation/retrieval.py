@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compat import CACHE_ARGUMENT
-from ..models import input_device
+from ..models import check_length, input_device
 from ..simulation import Method, branch, coded_copy, codings
 from ..text import windows_digest
 from .perplexity import PLAIN
@@ -193,6 +193,16 @@ def _assemble(
     return torch.tensor([*first, *(token for ids in filler for token in ids), *last])
 
 
+def check_prompts(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
+    """Check that a model can read prompts, and their answers behind them.
+
+    Raises:
+        ValueError: if its positions end before.
+    """
+    longest = max((prompt.input_ids.numel() + prompt.answer_ids.numel() for prompt in prompts), default=0)
+    check_length(model, longest, "Make the prompts shorter (prompt_length), so that their answers fit too.")
+
+
 @dataclass(frozen=True)
 class ReadPrompts:
     """Prompts that the model has read, exactly; any number of methods can be scored on them.
@@ -221,8 +231,9 @@ def read_prompts(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: if prompts differ in length.
+        ValueError: if prompts differ in length, or are longer than the model can read.
     """
+    check_prompts(model, prompts)
     lengths = {prompt.input_ids.numel() for prompt in prompts}
     if len(lengths) != 1:
         raise ValueError(f"Prompts must have one length, got {sorted(lengths)}; measure each length on its own.")

@@ -14,7 +14,7 @@ from ..cache import GSRQCache
 from ..codebooks import GSRQCodebooks
 from ..compat import CACHE_ARGUMENT, is_full_attention, native_layers, quantized_backends, quantized_cache
 from ..memory import held_bytes
-from ..models import input_device
+from ..models import check_length, input_device
 
 QUANTIZED_BITS = (4, 2)
 
@@ -76,7 +76,7 @@ def measure_speed(
         One result for each context length and cache, as they are measured.
 
     Raises:
-        ValueError: if the text is too short.
+        ValueError: if the text is too short, longer than the model can read, or the codebooks are of another model.
     """
     needed = max(context_lengths) + new_tokens + 1
     if token_ids.numel() < needed:
@@ -84,6 +84,8 @@ def measure_speed(
             f"The text has {token_ids.numel()} tokens; {needed} are needed for the longest context. "
             "Pass more text, shorter contexts, or no text."
         )
+    check_length(model, needed, "Pass shorter contexts.")
+    codebooks.config.check_model(model.config)
     makers: dict[str, Callable[[], Cache]] = {
         "plain": lambda: DynamicCache(config=model.config),
         f"gsrq {codebooks.config.bits():g} bits": lambda: GSRQCache(codebooks, model, backend=backend),
