@@ -86,6 +86,16 @@ print(out.tolist())
 """
 
 
+@pytest.mark.host
+def test_a_cache_after_drafts(model: PreTrainedModel, codebooks: GSRQCodebooks, tmp_path: Path) -> None:
+    """transformers 5.17 crops by a tensor, and lengths are tensors from then on."""
+    cache = GSRQCache(codebooks, model, **OPTIONS)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    model.generate(PROMPT[:1], **{CACHE_ARGUMENT: cache}, **settings)
+    cache.save(tmp_path / "cache.safetensors")
+    assert_unchanged(GSRQCache.load(tmp_path / "cache.safetensors", codebooks, model), contents(cache))
+
+
 def test_sliding_layers_that_record_the_past(model: PreTrainedModel, codebooks: GSRQCodebooks, tmp_path: Path) -> None:
     """After drafts they hold more than their window, until `reset`."""
     cache = GSRQCache(codebooks, model, **OPTIONS)

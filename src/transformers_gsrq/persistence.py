@@ -105,7 +105,7 @@ def write_cache(
         "model_fingerprint": model_fingerprint,
         "dtype": str(dtype).removeprefix("torch."),
         "options": asdict(options),
-        "num_tokens": table.length,
+        "num_tokens": int(table.length),
         "layers": described,
     }
     path = Path(path)
@@ -415,13 +415,14 @@ def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[
         for name, tensor in layer.tensors().items():
             tensors[f"{prefix}.{name}"] = tensor
         return {
-            "num_stored": layer.num_stored,
+            # transformers 5.17 crops by a tensor.
+            "num_stored": int(layer.num_stored),
             "long_rotary": layer.uses_long_rotary,
             "record_past": layer.record_past,
         }
     if type(layer) is DynamicSlidingWindowLayer:
         tensors[f"{prefix}.keys"], tensors[f"{prefix}.values"] = layer.keys, layer.values
-        return {"cumulative_length": layer.cumulative_length, "record_past": layer.record_past}
+        return {"cumulative_length": int(layer.cumulative_length), "record_past": layer.record_past}
     if getattr(layer, "keys", None) is None and not hasattr(layer, "conv_states"):
         return None
     raise ValueError(
