@@ -43,7 +43,8 @@ REFUSED_HEAD = """## Refused
 
 By name, before anything is calibrated or cached. Where only the rotary embedding is in the way (Cohere, GPT-J, \
 dynamic), `GSRQConfig.for_model(..., key_space="after_rope")` stores keys as they come; that works, at a loss of \
-quality that you have to measure.
+quality that you have to measure. Models that run some of their layers several times (Dory, HRM-Text, Inkling 2 Loop) \
+are refused too.
 
 """
 

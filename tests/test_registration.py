@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation import configuration_utils
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+import transformers_gsrq
 from tiny_models import SUPPORTED, random_codebooks
 from transformers_gsrq import GSRQCache, GSRQCodebooks, register, unregister
 from transformers_gsrq.compat import CACHE_ARGUMENT
@@ -142,6 +155,17 @@ def test_bad_cache_configs_are_named(smollm2: SmolLM2, tiny_codebooks: GSRQCodeb
     ):
         with pytest.raises(ValueError, match=message):
             continue_text(model, prompt, cache_implementation="gsrq", cache_config=config)
+    for config, message in (
+        ({"codebooks": model}, "a folder or a Hub id, got LlamaForCausalLM"),
+        ({"codebooks": 3}, "a folder or a Hub id, got int"),
+        ({"codebooks": {"codebooks": tiny_codebooks}}, "a folder or a Hub id, got dict"),
+        (tiny_codebooks, "must be a dictionary.*got GSRQCodebooks"),
+        ("owner/name", "must be a dictionary.*got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            continue_text(model, prompt, cache_implementation="gsrq", cache_config=config)
+    with pytest.raises(ValueError, match=r"Unknown cache_config keys \['3'\]"):
+        make_cache(model, {"codebooks": tiny_codebooks, 3: 4}, 100)
     with pytest.raises(ValueError, match="only one of the two"):
         cache = GSRQCache(tiny_codebooks, model)
         continue_text(model, prompt, cache_implementation="gsrq", **{CACHE_ARGUMENT: cache})
@@ -164,18 +188,114 @@ def test_unregister_leaves_transformers_as_it_was(smollm2: SmolLM2, prompt: Prom
     assert not hasattr(GenerationMixin._prepare_cache_for_generation.gsrq_original, "gsrq_original")
 
 
-def test_an_unknown_generate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(self: object, generation_config: object, kwargs: dict) -> None:
-        """As a later transformers might have it."""
+ORIGINAL = GenerationMixin._prepare_cache_for_generation.gsrq_original
 
+
+def one_more(
+    self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: Any, max_cache_length: Any,
+    chunk: Any = None,
+) -> Any:  # fmt: skip
+    return ORIGINAL(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+
+def any_more(
+    self: Any, generation_config: Any, model_kwargs: Any, mode: Any, rows: Any, max_cache_length: Any, *more: Any,
+    **others: Any,
+) -> Any:  # fmt: skip
+    return ORIGINAL(self, generation_config, model_kwargs, mode, rows, max_cache_length)
+
+
+def another_name(self: Any, generation_config: Any, kwargs: Any, *more: Any) -> Any:
+    return ORIGINAL(self, generation_config, kwargs, *more)
+
+
+def no_names(*args: Any) -> Any:
+    return ORIGINAL(*args)
+
+
+@pytest.mark.parametrize(
+    ("later", "works"), [(one_more, True), (any_more, True), (another_name, False), (no_names, False)]
+)
+def test_a_later_transformers(later: Callable, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More arguments are passed on; where ours are not among them, the error says what works, and it does."""
+    model, ids = SUPPORTED["llama"].build(), (torch.arange(30) * 7 % 50)[None]
+    books, options = random_codebooks(model), {"residual_length": 8, "chunk_length": 4}
+    settings = {"max_new_tokens": 10, "do_sample": False}
+    asked = {"cache_implementation": "gsrq", "cache_config": {"codebooks": books, **options}}
+    expected = model.generate(ids, **settings, **asked)
     unregister()
+    plain = model.generate(ids, **settings)
+    assert not torch.equal(plain, expected)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(GenerationMixin, "_prepare_cache_for_generation", other)
-            with pytest.raises(RuntimeError, match=f"{CACHE_ARGUMENT}=GSRQCache"):
-                register()
+            patch.setattr(GenerationMixin, "_prepare_cache_for_generation", later)
+            register()
+            assert torch.equal(model.generate(ids, **settings), plain)
+            by_object = {CACHE_ARGUMENT: GSRQCache(books, model, **options)}
+            assert torch.equal(model.generate(ids, **settings, **by_object), expected)
+            if works:
+                assert torch.equal(model.generate(ids, **settings, **asked), expected)
+            else:
+                for each in (asked, {"generation_config": GenerationConfig(**asked)}):
+                    with pytest.raises(RuntimeError, match=f"Pass {CACHE_ARGUMENT}=GSRQCache"):
+                        model.generate(ids, **each)
+            unregister()
+            assert GenerationMixin._prepare_cache_for_generation is later
+            assert not hasattr(GenerationMixin.generate, "gsrq_original")
     finally:
         register()
+    assert torch.equal(model.generate(ids, **settings, **asked), expected)
+
+
+def test_importing_never_fails() -> None:
+    """Whatever generate and continuous batching became."""
+    script = """
+from transformers import GenerationMixin
+from transformers.generation import configuration_utils
+for name in ("_prepare_cache_for_generation", "generate_batch", "init_continuous_batching"):
+    delattr(next(each for each in GenerationMixin.__mro__ if name in vars(each)), name)
+configuration_utils.ALL_CACHE_IMPLEMENTATIONS = list(configuration_utils.ALL_CACHE_IMPLEMENTATIONS)
+import transformers_gsrq
+try:
+    GenerationMixin().generate(cache_implementation="gsrq")
+except RuntimeError as error:
+    print(error)
+transformers_gsrq.unregister()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(transformers_gsrq.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"Pass {CACHE_ARGUMENT}=GSRQCache(codebooks, model)" in done.stdout
+
+
+def test_continuous_batching_refuses_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it did as if it had not been asked, whatever the codebooks were."""
+    model = SUPPORTED["llama"].build(attention="sdpa")
+    config = {"cache_implementation": "gsrq", "cache_config": {"codebooks": "no/such/thing"}}
+    asked = GenerationConfig(max_new_tokens=4, **config)
+    with pytest.raises(ValueError, match=r"does not work with continuous batching \(generate_batch\).*Call generate"):
+        model.generate_batch([[5, 6, 7]], generation_config=asked)
+    with pytest.raises(ValueError, match="does not work with continuous batching"):
+        model.generate_batch([[5, 6, 7]], **config)
+    with pytest.raises(ValueError, match="does not work with continuous batching"):
+        model.init_continuous_batching(asked)
+    with (
+        pytest.raises(ValueError, match="does not work with continuous batching"),
+        model.continuous_batching_context_manager(generation_config=asked),
+    ):
+        pass
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "gsrq")
+    with pytest.raises(ValueError, match="does not work with continuous batching"):
+        model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=4))
+    # Who asks for pages gets them.
+    paged = GenerationConfig(
+        max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0, cache_implementation="paged"
+    )
+    pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    done = model.generate_batch([[5, 6, 7]], generation_config=paged, continuous_batching_config=pages)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", None)
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert [one.generated_tokens for one in done.values()] == [expected[0, 3:].tolist()]
 
 
 def test_other_caches_are_untouched(smollm2: SmolLM2, prompt: Prompt) -> None:

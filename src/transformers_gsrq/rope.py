@@ -208,8 +208,8 @@ def rotates_keys(model: PreTrainedModel, attention: nn.Module) -> bool:
     return _probed[attention]
 
 
-class _Keys(Exception):
-    """Carries the keys out of an attention module that is being probed."""
+class _Update(Exception):
+    """Carries what an attention module that is being probed hands to its cache: keys and layer."""
 
 
 class _ProbeCache(Cache):
@@ -218,20 +218,58 @@ class _ProbeCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
 
-    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Raise the keys."""
-        raise _Keys(key_states)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Raise the keys and the layer."""
+        raise _Update(key_states, layer_idx)
 
 
 def _keys_follow_positions(attention: nn.Module, config: Any, width: int) -> bool:
-    """Whether keys depend on cos and sin, seen in a module like this one that has shapes and no numbers.
+    """Whether keys depend on cos and sin; see `_probe`."""
+    return _probe(attention, config, width)[0].requires_grad
 
-    So it costs nothing and asks nothing of the weights, which may be quantized or on any device.
+
+def check_cache_layer(attention: nn.Module) -> None:
+    """Check that an attention module writes to the cache layer of its own index, in every call.
+
+    Models that run some layers several times keep states for each time: they tell the module by how many cache layers
+    to go further, in an integer that is zero if they say nothing.
+
+    Raises:
+        ValueError: if it may write to another layer, or if that cannot be found out.
+    """
+    parameters = inspect.signature(type(attention).forward).parameters
+    offsets = [name for name, parameter in parameters.items() if type(parameter.default) is int]
+    for name in offsets:
+        config: Any = getattr(attention, "config", None)
+        width: Any = getattr(attention, "head_dim", 0)
+        try:
+            layers = {_probe(attention, config, width, **{name: value})[1] for value in (0, 1)}
+        except _MISFITS as error:
+            raise ValueError(
+                f"{type(attention).__name__} takes a number {name}, and whether it is that of a cache layer cannot be "
+                f"found out, because it does not run by itself ({type(error).__name__}); this architecture is not "
+                "supported."
+            ) from error
+        if layers != {attention.layer_idx}:
+            raise ValueError(
+                f"{type(attention).__name__} writes to other cache layers than its own (its {name} says to which): "
+                "the model runs some of its layers several times. This architecture is not supported."
+            )
+
+
+def _probe(attention: nn.Module, config: Any, width: int, **more: Any) -> tuple[torch.Tensor, Any]:
+    """What a module like this one, that has shapes and no numbers, hands to its cache: keys, and the layer.
+
+    So it costs nothing and asks nothing of the weights, which may be quantized or on any device. Keys that depend on
+    cos and sin ask for their gradients.
 
     Args:
         attention: The module.
         config: What it is built from.
         width: Channels 2P of cos and sin.
+        **more: Other arguments of its forward.
 
     Raises:
         TypeError: if the module hands no keys to a cache; and whatever its code raises that cannot be run so.
@@ -246,14 +284,15 @@ def _keys_follow_positions(attention: nn.Module, config: Any, width: int) -> boo
             "position_ids": torch.zeros(1, 2, dtype=torch.long),
             "position_embeddings": tuple(torch.empty(1, 2, width, dtype=dtype, requires_grad=True) for _ in range(2)),
             **dict.fromkeys(CACHE_ARGUMENTS, _ProbeCache()),
+            **more,
         }
         parameters = inspect.signature(like.forward).parameters
         required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         arguments = {**dict.fromkeys(required), **{name: given[name] for name in given if name in parameters}}
         try:
             like(**arguments)
-        except _Keys as keys:
-            return keys.args[0].requires_grad
+        except _Update as update:
+            return update.args[0], update.args[1]
     raise TypeError("it hands no keys to its cache")
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .config import compressible_layers, head_geometry
 from .models import CACHE_ARGUMENTS, attention_modules
-from .rope import read_rotary
+from .rope import check_cache_layer, read_rotary
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check_model(model: PreTrainedModel) -> Support:
 
 
 def check_attention(module: nn.Module) -> None:
-    """Check that an attention module takes its cache by a name we know.
+    """Check that an attention module takes its cache by a name we know, and writes to its own layer of it.
 
     Raises:
         ValueError: if it does not.
@@ -76,3 +76,4 @@ def check_attention(module: nn.Module) -> None:
             f"{type(module).__name__} takes no argument named {' or '.join(CACHE_ARGUMENTS)}, so its keys cannot be "
             "matched with their positions; this architecture is not supported."
         )
+    check_cache_layer(module)
