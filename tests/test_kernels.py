@@ -223,8 +223,8 @@ def test_attention_that_is_never_called_is_an_error(
         model(tokens[:, :20], **{CACHE_ARGUMENT: cache})
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def unmasked(module: object, query: object, key: object, value: object, mask: object, **kwargs: object) -> object:
-            return sdpa(module, query, key, value, None, **kwargs)
+        def unmasked(module: object, *args: object, **kwargs: object) -> object:
+            return sdpa(module, *args[:3], None, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: unmasked)

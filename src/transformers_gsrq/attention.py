@@ -43,6 +43,8 @@ class _RoutedConfig:
     """
 
     __slots__ = ("gsrq_original",)
+    if TYPE_CHECKING:
+        gsrq_original: Any
 
     def __init_subclass__(cls) -> None:
         """Nothing: transformers would make it a kind of config of its own."""
@@ -70,13 +72,14 @@ def _itself(config: Any) -> Any:
     return config
 
 
-@cache
-def _routed_class(config_class: type) -> type:
-    return type(config_class)(config_class.__name__, (_RoutedConfig, config_class), {"__slots__": ()})
+_routed_classes: dict[type, Any] = {}
 
 
 def _routed(config: Any) -> Any:
-    view = object.__new__(_routed_class(type(config)))
+    kind = type(config)
+    if kind not in _routed_classes:
+        _routed_classes[kind] = type(kind)(kind.__name__, (_RoutedConfig, kind), {"__slots__": ()})
+    view = object.__new__(_routed_classes[kind])
     object.__setattr__(view, "__dict__", config.__dict__)
     view.gsrq_original = config
     return view
@@ -94,7 +97,7 @@ def route(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
 def unroute(modules: Mapping[int, nn.Module]) -> None:
     """Give attention modules their own configs back."""
     for module in modules.values():
-        if is_routed(module):
+        if isinstance(module.config, _RoutedConfig):
             module.config = module.config.gsrq_original
 
 

@@ -129,7 +129,7 @@ def _read_step(inputs: dict[str, Any]) -> Step | None:
     ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
     if ids is None or positions is None or positions.dim() != 2 or (mask is not None and mask.dim() != 4):
         return None
-    return Step(positions, None, mask, *ids.shape, ids.device)
+    return Step(positions, None, mask, ids.shape[0], ids.shape[1], ids.device)
 
 
 def _why_not_captured(cache: Any, inputs: dict[str, Any]) -> str:

@@ -109,7 +109,8 @@ def _stage(cache: SteppedCache, module: nn.Module, args: tuple[Any, ...], kwargs
         kwargs.get("position_ids"),
         kwargs.get("position_embeddings"),
         kwargs.get("attention_mask"),
-        *hidden.shape[:2],
+        hidden.shape[0],
+        hidden.shape[1],
         hidden.device,
     )
     cache.stage_step(module, step)

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from ..codebooks import check_replaceable
 from ..files import check_folder
 from ..foreign import printable
+from ..hub import TENSORS_NAME
 from ..loading import read_dataset, read_texts
 
 # What wrong input, a missing file, a full disk, the Hub or missing memory raise. Anything else is a bug of ours and
