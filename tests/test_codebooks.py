@@ -231,7 +231,7 @@ def test_a_save_that_is_stopped_at_any_step_leaves_whole_codebooks(
         assert GSRQCodebooks.from_pretrained(folder).digest == last.digest
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_process_that_is_killed_while_it_saves(step: int, tmp_path: Path) -> None:
     old, new = make_codebooks(), make_codebooks()
     old.save_pretrained(tmp_path / "codebooks")

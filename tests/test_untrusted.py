@@ -117,7 +117,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_value_anywhere_in_the_config(data: st.DataObject, saved: Path) -> None:
     document = json.loads((saved / "config.json").read_text())
