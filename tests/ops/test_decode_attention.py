@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -88,17 +91,24 @@ def check(case: Case) -> None:
 
 
 @pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Decoding takes the portable kernels."""
+def fresh_plans() -> Iterator[None]:
+    """Plans are kept, so they must be forgotten where others are made."""
     from transformers_gsrq.ops.triton import decode_attention
 
     planned = (decode_attention._prepare, decode_attention.plan_decode, decode_attention._plan_values)
     for plan in planned:
         plan.cache_clear()
-    monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
     yield
     for plan in planned:
         plan.cache_clear()
+
+
+@pytest.fixture
+def portable(fresh_plans: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding takes the portable kernels."""
+    from transformers_gsrq.ops.triton import decode_attention
+
+    monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: "asked for")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -265,6 +275,59 @@ def test_counts_are_read_at_every_step() -> None:
         assert relative_error(run_triton(inputs), decode_attention_oracle(inputs)) < tolerances.ATTENTION["float16"]
 
 
+class Histograms:
+    """What `_value_histogram` leaves, by torch: it is written in Gluon, which has no interpreter."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            codes, _, _, counts, _, workspace, *_ = args
+            batch, capacity_blocks, stages, streams, chunks, place, _ = args[-7:]
+            heads, rows, block = options["H"], options["N"], options["BT"]
+            shape = (batch, heads, rows, capacity_blocks * 64)
+            scores = workspace[: 4 * math.prod(shape)].view(torch.int32).view(shape).double() / options["SCALE"]
+            shape = (batch, heads, chunks, streams, rows, 256)
+            found = workspace[16 * place :].view(torch.int32)
+            bins = found[: math.prod(shape)].view(shape)
+            maxima = found[math.prod(shape) :][: math.prod(shape[:3]) * rows].view(torch.float32)
+            maxima = maxima.view(batch, heads, chunks, rows)
+            for row, head in itertools.product(range(batch), range(heads)):
+                num_codes, first_code = counts[:2, row].tolist()
+                chunk = max(1, -(-num_codes // (block * chunks))) * block
+                for index, first in enumerate(range(0, num_codes, chunk)):
+                    tokens = torch.arange(first, min(first + chunk, num_codes))
+                    logits = scores[row, head, :, tokens].masked_fill(tokens < first_code, -torch.inf)
+                    maxima[row, head, index] = top = logits.amax(-1)
+                    weights = torch.exp2(logits - top.nan_to_num(neginf=0.0)[:, None]) * options["STEPS"]
+                    for stream in range(streams):
+                        index_of_stream = head * options["D"] // options["S"] * stages + stream
+                        code = codes[row].flatten(0, 1)[index_of_stream, tokens].long()
+                        total = torch.zeros(rows, 256, dtype=torch.double).index_add_(1, code, weights.round())
+                        bins[row, head, index, stream] = total.long().to(torch.int32)
+
+        return launch
+
+
+@pytest.mark.skipif(triton_version() is None or triton_version() < (3, 8), reason="Triton has no such Gluon")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernel itself runs here")
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tokens=700, capacity=2048),
+        Case(tokens=0),
+        Case(batch=2, tokens=[1300, 5], capacity=4096, value_subspace=32, queries=2, groups=3, padding=[0, 3]),
+        Case(value_subspace=128),
+        Case(head_dim=96, key_subspace=96, value_subspace=96, heads=1, sink_length=0),
+    ],
+)
+def test_products_of_histograms_in_the_interpreter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers_gsrq.ops.triton import decode_attention, value_histogram
+
+    monkeypatch.setattr(decode_attention, "gluon_reason", lambda rows: None)
+    monkeypatch.setattr(value_histogram, "_value_histogram", Histograms())
+    check(case)
+
+
 def test_pages_equal_contiguous_codes() -> None:
     case = Case(batch=3, tokens=[0, 200, 65], capacity=512, value_subspace=32, masked="rows")
     inputs = case.build(DEVICE)
@@ -323,14 +386,14 @@ def sliced(codes: torch.Tensor) -> torch.Tensor:
     [
         ({"query": lambda query: query.new_zeros(1, 4, 17, 64)}, "up to 16 query tokens, not 17"),
         ({"query": lambda query: query[..., :48], "exact_keys": lambda keys: keys[..., :48]}, "head_dim 64.*not 48"),
-        ({"mask": lambda _: torch.ones(1, 3, 1, 7).bool()}, r"mask must be .* got \[1, 3, 1, 7\]"),
+        ({"mask": lambda _: torch.ones(1, 3, 1, 7).bool()}, r"mask must be .* got \[1, 3, 1, 'tokens'\]"),
         ({"mask": lambda _: torch.zeros(1, 1, 1, 99)}, r"mask must be torch.bool .* got torch.float32"),
         ({"key": lambda key: key[..., :32]}, r"key must be .* got torch.float16 \[1, 2, 1, 32\]"),
         ({"value": lambda value: value.expand(1, 2, 64, 64).mT[:, :, :1]}, "last axis of value must be contiguous"),
         ({name: lambda states: states[:, :, :4].contiguous() for name in ("exact_keys", "exact_values")}, "too short"),
         ({"exact_values": lambda values: values.mT.contiguous().mT}, "exact_values must be contiguous"),
         ({"key_codes": lambda codes: codes[..., :100]}, "key_codes must be contiguous"),
-        ({"key_codes": sliced}, "multiple of 16 bytes"),
+        ({"key_codes": sliced}, "multiples of 16 bytes"),
         ({"value_codes": lambda codes: codes[..., :64].contiguous()}, "value_codes must be"),
         ({"block_table": lambda _: torch.zeros(1, 2).int()}, r"key_codes must be .*64\]"),
         ({"counts": lambda counts: counts.long()}, "counts must be torch.int32"),

@@ -276,7 +276,7 @@ def _prepare(
     """Check a call by its tensors' facts, once for all calls that share them.
 
     Returns:
-        The plan, and the strides of new keys, new values and the mask.
+        The plan, and the strides of new keys and new values.
 
     Raises:
         ValueError: if the kernels cannot run on this input, with the reason.
@@ -334,16 +334,14 @@ def _prepare(
             f"of 16 bytes; got room for {capacity}{', and one that begins elsewhere' if misaligned else ''}."
         )
     _check("counts", counts, torch.int32, (len(Count), batch))
-    strides = (*key.strides[:3], *value.strides[:3], 0, 0, 0)
     if mask is not None:
-        if mask.shape[:3] not in ((b, h, num_queries) for b in (1, batch) for h in (1, num_query_heads)):
+        if mask.shape not in ((b, h, num_queries) for b in (1, batch) for h in (1, num_query_heads)):
             raise ValueError(
                 f"The mask must be [1 or {batch}, 1 or {num_query_heads}, {num_queries}, tokens], got "
-                f"{list(mask.shape)}."
+                f"{[*mask.shape, 'tokens']}."
             )
-        _check("mask", mask, torch.bool, mask.shape, contiguous=False)
-        across = (0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.strides, strict=False))
-        strides = (*strides[:6], *across)
+        if mask.dtype != torch.bool or mask.strides != (1,):
+            raise ValueError(f"The mask must be torch.bool with tokens contiguous, got {mask.dtype}.")
     plan = plan_decode(
         batch=batch,
         num_heads=num_heads,
@@ -369,7 +367,7 @@ def _prepare(
             f"The workspace must be torch.uint8 [{plan.workspace_bytes} or more] (decode_workspace_bytes), got "
             f"{workspace.dtype} {list(workspace.shape)}."
         )
-    return plan, strides
+    return plan, (*key.strides[:3], *value.strides[:3])
 
 
 def _decode_attention(
@@ -401,9 +399,11 @@ def _decode_attention(
             None if part is None else (part.shape, part.stride(), part.dtype, part.device)
             for part in (
                 query, key, value, key_codes, value_codes, tables, value_centroids, exact_keys, exact_values, counts,
-                workspace, block_table, mask,
+                workspace, block_table,
             )
         ],
+        # All but its length, which may change at every token.
+        None if mask is None else (mask.shape[:-1], mask.stride()[-1:], mask.dtype, mask.device),
         (key_codes.storage_offset() | value_codes.storage_offset() | workspace.storage_offset()) % 16,
         rotary_dim,
         paired,
@@ -413,7 +413,13 @@ def _decode_attention(
     batch, num_query_heads, num_queries, head_dim = query.shape
     # What is absent is not read.
     block_table = counts if block_table is None else block_table
-    mask = counts if mask is None else mask.view(torch.uint8)
+    if mask is None:
+        mask, mask_strides = counts, (0, 0, 0)
+    else:
+        mask_strides = [
+            0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)
+        ]
+        mask = mask.view(torch.uint8)
     softcap = 0.0 if softcap is None else softcap
     keys, values, exact, merge = plan.keys, plan.values, plan.exact, plan.merge
     with torch.cuda.device_of(query):
@@ -428,11 +434,11 @@ def _decode_attention(
         )  # fmt: skip
         values.kernel[values.grid](
             value_codes, value_centroids, block_table, counts, mask, workspace, softcap,
-            *strides[6:], *values.sizes, **values.options,
+            *mask_strides, *values.sizes, **values.options,
         )  # fmt: skip
         exact.kernel[exact.grid](
             query, key, value, exact_keys, exact_values, value_centroids, counts, mask, workspace, scaling, softcap,
-            *strides, *exact.sizes, **exact.options,
+            *strides, *mask_strides, *exact.sizes, **exact.options,
         )  # fmt: skip
         merge.kernel[merge.grid](counts, workspace, out, *merge.sizes, **merge.options)
     return out
