@@ -76,10 +76,10 @@ _routed_classes: dict[type, Any] = {}
 
 
 def _routed(config: Any) -> Any:
-    kind = type(config)
+    kind: Any = type(config)
     if kind not in _routed_classes:
         _routed_classes[kind] = type(kind)(kind.__name__, (_RoutedConfig, kind), {"__slots__": ()})
-    view = object.__new__(_routed_classes[kind])
+    view: Any = object.__new__(_routed_classes[kind])
     object.__setattr__(view, "__dict__", config.__dict__)
     view.gsrq_original = config
     return view

@@ -113,8 +113,11 @@ def _preparing(original: Callable[..., Any]) -> Callable[..., Any]:
         if generation_config.is_assistant and generation_config.cache_implementation == NAME:
             made = model_kwargs.get(CACHE_ARGUMENT) is not None
             generation_config = given["generation_config"] = _for_assistant(self, generation_config, made)
+        held = model_kwargs.get(CACHE_ARGUMENT)
+        if isinstance(held, GSRQCache):
+            held.expect_length(given["max_cache_length"])
         ours = generation_config.cache_implementation == NAME and generation_config.use_cache is not False
-        if not ours or model_kwargs.get(CACHE_ARGUMENT) is not None:
+        if not ours or held is not None:
             return original(*call.args, **call.kwargs)
         cache = make_cache(self, generation_config.cache_config, given["max_cache_length"])
         if generation_config.is_assistant:
