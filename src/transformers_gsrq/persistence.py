@@ -393,7 +393,7 @@ def _sliding_geometry(model: PreTrainedModel, index: int) -> tuple[int, int]:
 def _check_codes(file: CacheFile, prefix: str, tensors: Mapping[str, torch.Tensor], num_centroids: int) -> None:
     for kind in KINDS:
         codes = tensors[f"{kind}_codes"]
-        if codes.numel() and codes.max() >= num_centroids:
+        if codes.numel() and int(codes.max()) >= num_centroids:
             raise ValueError(
                 f"{file.path}: {prefix}{kind}_codes has code {codes.max()}, the codebooks {num_centroids} centroids, "
                 f"counted from 0. {_AGAIN}"
