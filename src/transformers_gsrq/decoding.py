@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class DecodingCall:
         if reason:
             _log_once(reason)
             return self.model(**inputs)
-        name = cache.tokens.epoch, *((name, _describe(value)) for name, value in inputs.items() if value is not cache)
+        name = cache.tokens.epoch, *((path, _describe(value)) for path, value in _leaves(inputs) if value is not cache)
         graph = cache.graphs.get(name)
         if graph is None:
             # The first such step runs as it is: kernels are compiled and libraries set up before anything is captured.
@@ -127,6 +127,9 @@ class _driven:
 def _read_step(inputs: dict[str, Any]) -> Step | None:
     """What a model will tell its attention layers, as far as a cache must know it; None if it cannot be seen here."""
     ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if isinstance(mask, dict):
+        # Of models that name the kinds of their layers; all of those that come here are of one.
+        mask = mask.get("full_attention")
     if ids is None or positions is None or positions.dim() != 2 or (mask is not None and mask.dim() != 4):
         return None
     return Step(positions, None, mask, ids.shape[0], ids.shape[1], ids.device)
@@ -138,12 +141,21 @@ def _why_not_captured(cache: Any, inputs: dict[str, Any]) -> str:
         return "the model is spread over several devices"
     if next(iter(devices)).type != "cuda":
         return "it does not run on a CUDA device"
-    for name, value in inputs.items():
+    for path, value in _leaves(inputs):
         if value is not cache and not isinstance(value, (torch.Tensor, *_CONSTANTS)):
-            return f"it is given {name}, a {type(value).__name__}"
+            return f"it is given {'.'.join(path)}, a {type(value).__name__}"
     if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
         return "attentions or hidden states were asked for"
     return ""
+
+
+def _leaves(inputs: dict[str, Any], *above: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What a model is given, each with its name; masks may come as a dictionary."""
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, *above, name)
+        else:
+            yield (*above, name), value
 
 
 def _describe(value: Any) -> Any:
@@ -153,6 +165,13 @@ def _describe(value: Any) -> Any:
 @functools.cache
 def _log_once(reason: str) -> None:
     logger.info(f"A decoding step is not replayed as a CUDA graph, but run by Python: {reason}.")
+
+
+def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _cloned(value) if isinstance(value, dict) else value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 class _Graph:
@@ -168,17 +187,19 @@ class _Graph:
         Raises:
             RuntimeError: if the model does what cannot be recorded, such as waiting for the device.
         """
-        self.given = {name: value.clone() for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        held = _cloned(self.inputs)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.output = self.model(**{**self.inputs, **self.given})
+            self.output = self.model(**held)
+        self.held = [value for _, value in _leaves(held) if isinstance(value, torch.Tensor)]
         self.captured, self.inputs = graph, {}
 
     def replay(self, inputs: dict[str, Any]) -> Any:
         """The output of the step for these inputs, in memory of its own."""
-        for name, held in self.given.items():
-            held.copy_(inputs[name])
+        given = (value for _, value in _leaves(inputs) if isinstance(value, torch.Tensor))
+        for held, value in zip(self.held, given, strict=True):
+            held.copy_(value)
         self.captured.replay()  # type: ignore[union-attr]
         parts = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in self.output.items()}
         return type(self.output)(**parts)
