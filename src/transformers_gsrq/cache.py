@@ -588,7 +588,8 @@ class GSRQCache(SteppedCache):
                 `activate_past_recording` before the tokens come that may be removed.
         """
         self._settle()
-        length = self.tokens.length
+        # A number on the device in transformers 5.17.
+        length, tokens_to_remove = self.tokens.length, int(tokens_to_remove)
         if not -length <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop(-n) removes the last n tokens, n from 0 to the {length} cached ones; got {tokens_to_remove}."

@@ -168,10 +168,12 @@ def _log_once(reason: str) -> None:
 
 
 def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _cloned(value) if isinstance(value, dict) else value.clone() if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+    out = {}
+    for name, value in inputs.items():
+        out[name] = _cloned(value) if isinstance(value, dict) else value
+        if isinstance(value, torch.Tensor):
+            out[name] = value.clone()
+    return out
 
 
 class _Graph:
