@@ -106,10 +106,14 @@ class GSRQCache(SteppedCache):
         for index in config.layers:
             layers[index] = GSRQLayer(codebooks, index, rotaries[index], self.tokens, self.options)
         super().__init__(layers=layers)
+        # The layers that store codes.
+        self.compressed_layers: list[GSRQLayer] = [layers[index] for index in config.layers]
         attach(model)
         self._restart_length = restart_length(model.config)
         self._model = weakref.ref(model)
         self._decoder = weakref.ref(model.get_decoder())
+        # Its first parameter, which moves and changes its dtype with it.
+        self._parameter: Any = lambda: None
         self._modules = {index: weakref.ref(modules[index]) for index in config.layers}
         self._broken = ""
         # Of the pass that is running, what layers of other kinds held before it; None between passes.
@@ -138,7 +142,7 @@ class GSRQCache(SteppedCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> GSRQCache:
         # Outside of inference mode, so that a copy made inside can be written to outside, like its original.
         other = memo[id(self)] = type(self).__new__(type(self))
-        shared = {"codebooks", "_model", "_decoder", "_modules", "options"}
+        shared = {"codebooks", "_model", "_decoder", "_modules", "_parameter", "options"}
         # A copy is of what complete passes left.
         state = {
             **self.__dict__,
@@ -149,7 +153,6 @@ class GSRQCache(SteppedCache):
             "_prepared": -1,
         }
         other.__dict__.update({n: v if n in shared else copy.deepcopy(v, memo) for n, v in state.items()})
-        other.tokens.close()
         return other
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -157,11 +160,6 @@ class GSRQCache(SteppedCache):
             "A GSRQCache belongs to its model and cannot be pickled. Write it to a file with cache.save(path) and "
             "read it with GSRQCache.load(path, codebooks, model); or copy it with copy.deepcopy(cache)."
         )
-
-    @property
-    def compressed_layers(self) -> list[GSRQLayer]:
-        """The layers that store codes."""
-        return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
 
     # A forward pass
 
@@ -340,8 +338,10 @@ class GSRQCache(SteppedCache):
 
         Asked anew when the model moved or was given another attention.
         """
-        decoder = self._decoder()
-        first = next(decoder.parameters(), None) if decoder is not None else None
+        decoder, first = self._decoder(), self._parameter()
+        if first is None and decoder is not None:
+            first = next(decoder.parameters())
+            self._parameter = weakref.ref(first)
         if decoder is None or first is None:
             return "the model of this cache was deleted"
         asked = (first.device, first.dtype, decoder.config._attn_implementation, self.options)

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .compat import mark_static
+from .graphs import record
 from .steps import Step, find_cache
 
 logger = logging.getLogger(__name__)
@@ -190,11 +191,8 @@ class _Graph:
             RuntimeError: if the model does what cannot be recorded, such as waiting for the device.
         """
         held = _cloned(self.inputs)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.output = self.model(**held)
         self.held = [value for _, value in _leaves(held) if isinstance(value, torch.Tensor)]
+        graph, self.output = record(lambda: self.model(**held), self.held[0].device)
         self.captured, self.inputs = graph, {}
 
     def replay(self, inputs: dict[str, Any]) -> Any:

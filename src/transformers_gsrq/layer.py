@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .codebooks import GSRQCodebooks
 from .config import KINDS, Kind
+from .graphs import record
 from .options import CacheOptions
 from .quantizer import ResidualQuantizer
 from .rope import Rotary
@@ -49,7 +50,14 @@ class GSRQLayer(CacheLayerMixin):
         self.record_past = False
         self.can_read_codes = False
         self.attended = False
+        # Recorded attention, by what it was given: empty where it only ran once.
+        self.captured: dict[Any, Any] = {}
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: nothing that is only at hand for kernels."""
+        dropped = ("kernel", "kernel_inputs")
+        return {**{name: part for name, part in self.__dict__.items() if name not in dropped}, "captured": {}}
 
     # What transformers asks
 
@@ -211,6 +219,7 @@ class GSRQLayer(CacheLayerMixin):
             codes["key"], codes["value"], tables, self.quantizers["value"].centroids,
             exact["key"], exact["value"], counts, workspace,
         )  # fmt: skip
+        self.captured.clear()
 
     def kernel_tensors(self) -> list[torch.Tensor]:
         """The tensors that `prepare_kernels` has at hand."""
@@ -240,8 +249,40 @@ class GSRQLayer(CacheLayerMixin):
         Returns:
             `[B, Q, Hq, D]`.
         """
-        if not torch.compiler.is_compiling():
-            self.attended = True
+        if torch.compiler.is_compiling():
+            return self._launch(query, key, value, mask, scaling, softcap)
+        self.attended = True
+        if not query.is_cuda or torch.cuda.is_current_stream_capturing():
+            return self._launch(query, key, value, mask, scaling, softcap)
+        # Python takes longer to launch five kernels than the GPU to run them on a short text.
+        name = query.shape, query.dtype, None if mask is None else mask.shape, scaling, softcap
+        found = self.captured.get(name)
+        if found is None:
+            # Launched as they are the first time: kernels are compiled before they are recorded.
+            self.captured[name] = ()
+            return self._launch(query, key, value, mask, scaling, softcap)
+        if not found:
+            inputs = self.tokens.step_inputs(self.device, name, query, key, value, mask)
+            graph, out = record(
+                lambda: self._launch(inputs.query, inputs.key, inputs.value, inputs.mask, scaling, softcap),
+                self.device,
+                self.tokens.pool,
+            )
+            found = self.captured[name] = graph, out, inputs
+        graph, out, inputs = found
+        inputs.take(query, key, value, mask)
+        graph.replay()
+        return out.clone()
+
+    def _launch(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
         return self.kernel(
             query, key, value, *self.kernel_inputs,
             sink_length=self.options.sink_length, mask=mask, scaling=scaling, softcap=softcap,
@@ -385,7 +426,8 @@ class GSRQLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Free everything."""
         self.is_initialized = False
-        for name in ("quantizers", "state", "kernel_inputs"):
+        self.captured.clear()
+        for name in ("quantizers", "state", "kernel", "kernel_inputs"):
             self.__dict__.pop(name, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

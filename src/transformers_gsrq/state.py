@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .graphs import StepInputs
 from .ops.triton import PAGE_TOKENS, Count
 from .rope import Rotary
 
@@ -142,10 +143,25 @@ class TokenState:
         self.epoch += 1
         # By device: the counts, and what they were written from.
         self._counts: dict[torch.device, tuple[torch.Tensor, list[int]]] = {}
+        # What recorded attention is given, by device and shapes, and the memory that it allocates.
+        self._step_inputs: dict[Any, StepInputs] = {}
+        self._pool: Any = None
         # Grows whenever a row begins elsewhere or stands elsewhere.
         self._version = 0
         self.rotary_error: torch.Tensor | None = None
         self._tables: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: the tokens of complete passes, and nothing that is only at hand for kernels."""
+        dropped = {
+            "running": None,
+            "reads_codes": False,
+            "_counts": {},
+            "_step_inputs": {},
+            "_pool": None,
+            "_tables": {},
+        }
+        return {**self.__dict__, **dropped}
 
     @property
     def full_window(self) -> int:
@@ -282,6 +298,21 @@ class TokenState:
         """Drop rotations that `cos_sin` kept: they take more memory than codes do."""
         self._tables.clear()
 
+    # What recorded attention needs
+
+    @property
+    def pool(self) -> Any:
+        """Memory of recorded attention, which all layers share: they run one after another."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def step_inputs(self, device: torch.device, name: Any, *given: Any) -> StepInputs:
+        """Tensors that recorded attention reads what it is given from; one set for the layers of a device."""
+        if (device, name) not in self._step_inputs:
+            self._step_inputs[device, name] = StepInputs(*given)
+        return self._step_inputs[device, name]
+
     # Counts on the device
 
     @torch.inference_mode(False)
@@ -331,6 +362,8 @@ class TokenState:
         """End the running pass."""
         self.running, self.reads_codes = None, False
         self.forget_tables()
+        for inputs in self._step_inputs.values():
+            inputs.given = None
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on, more than none being left."""
@@ -371,7 +404,8 @@ class TokenState:
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything held here."""
-        held = [self._positions, self.starts, *(counts for counts, _ in self._counts.values())]
+        inputs = [part for each in self._step_inputs.values() for part in each.tensors()]
+        held = [self._positions, self.starts, *(counts for counts, _ in self._counts.values()), *inputs]
         return [tensor for tensor in held if tensor is not None]
 
 
