@@ -251,10 +251,6 @@ class GSRQCache(SteppedCache):
         if module is not None:
             self.stage_step(module, step)
 
-    def kernel_tensors(self) -> list[torch.Tensor]:
-        """What the kernels of the running pass read and write, of all layers."""
-        return [tensor for layer in self.compressed_layers for tensor in layer.kernel_tensors()]
-
     def _check_step(self, step: Step) -> None:
         rows, before, new = self._num_rows(), self.tokens.length, step.num_tokens
         if rows is not None and rows != step.batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,13 +53,6 @@ def library_versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """What a measurement ran on: the name of the GPU, else the type of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def mark_static(tensors: Iterable[torch.Tensor]) -> None:
-    """Tell `torch.compile` that these tensors stay where they are, so that CUDA graphs read them in place."""
-    for tensor in tensors:
-        if not getattr(tensor, "_dynamo_static_input_type", None):
-            torch._dynamo.mark_static_address(tensor)
 
 
 def computed_with(model: PreTrainedModel) -> dict[str, Any]:

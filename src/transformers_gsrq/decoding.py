@@ -3,12 +3,13 @@
 `generate` asks its model for the call of its decoding steps (`get_compiled_call`) wherever the cache says that it may
 be compiled. An attached model answers with `DecodingCall`: for a `GSRQCache` it begins, stages and completes the
 forward pass outside of the graph, where lengths are integers of Python, and inside of it the model and the kernels
-read counts from the device. Without a `compile_config` a step is captured as one CUDA graph, which is ready after two
-tokens; with one, `torch.compile` makes of it what it can.
+read counts from the device. A step is recorded as one CUDA graph, which is ready after two tokens; with a
+`compile_config` it is compiled first, which takes longer and gives fewer kernels.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -17,14 +18,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .compat import mark_static
 from .graphs import record
 from .steps import Step, find_cache
 
 logger = logging.getLogger(__name__)
 
-# What else than tensors may be among the inputs of a step that is captured: part of the graph.
+# What else than tensors may be among the inputs of a step that is recorded: part of the graph.
 _CONSTANTS = (bool, int, float, str, type(None))
+# Modes of torch.compile, and the same without CUDA graphs of its own.
+_WITHOUT_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def install(model: PreTrainedModel) -> None:
@@ -48,53 +50,63 @@ class DecodingCall:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        # Why steps of this model cannot be captured, once that was found out.
+        # Why steps of this model cannot be recorded, once that was found out.
         self.reason = ""
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         """The call of a decoding step.
 
         Args:
-            compile_config: transformers' `CompileConfig`; None captures a CUDA graph.
+            compile_config: transformers' `CompileConfig`; None compiles nothing.
         """
         return functools.partial(self._step, compile_config)
 
+    def _compiled(self, compile_config: Any, mode: str | None) -> Callable[..., Any]:
+        if compile_config is not None and mode != compile_config.mode:
+            compile_config = copy.copy(compile_config)
+            compile_config.mode = mode
+        return type(self.model).get_compiled_call(self.model, compile_config)
+
     def _step(self, compile_config: Any, **inputs: Any) -> Any:
         cache = find_cache((), inputs)
-        compiled = functools.partial(type(self.model).get_compiled_call, self.model, compile_config)
         if cache is None:
-            return compiled()(**inputs)
+            return type(self.model).get_compiled_call(self.model, compile_config)(**inputs)
         step = _read_step(inputs)
         if step is None:
             return self.model(**inputs)
         with _driven(cache, self.model, step):
             if not cache.reads_codes:
                 return self.model(**inputs)
-            if compile_config is None:
-                return self._replay(cache, inputs)
-            mark_static(cache.kernel_tensors())
-            return compiled()(**inputs)
+            forward: Callable[..., Any] = self.model
+            if compile_config is not None:
+                # The graph is recorded here, where counts are known, instead of by the compiler.
+                forward = self._compiled(compile_config, _WITHOUT_GRAPHS.get(compile_config.mode, compile_config.mode))
+            return self._replay(cache, forward, inputs)
 
-    def _replay(self, cache: Any, inputs: dict[str, Any]) -> Any:
-        reason = self.reason or _why_not_captured(cache, inputs)
+    def _replay(self, cache: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        reason = self.reason or _why_not_recorded(cache, inputs)
         if reason:
             _log_once(reason)
-            return self.model(**inputs)
-        name = cache.tokens.epoch, *((path, _describe(value)) for path, value in _leaves(inputs) if value is not cache)
+            return forward(**inputs)
+        name = (
+            cache.tokens.epoch,
+            forward,
+            *((path, _describe(value)) for path, value in _leaves(inputs) if value is not cache),
+        )
         graph = cache.graphs.get(name)
         if graph is None:
-            # The first such step runs as it is: kernels are compiled and libraries set up before anything is captured.
+            # The first such step runs as it is: kernels are compiled and libraries set up before anything is recorded.
             cache.graphs = {known: held for known, held in cache.graphs.items() if known[0] == name[0]}
-            cache.graphs[name] = _Graph(self.model, inputs)
-            return self.model(**inputs)
-        if not graph.captured:
+            cache.graphs[name] = _Graph(forward, inputs)
+            return forward(**inputs)
+        if not graph.recorded:
             try:
-                graph.capture()
+                graph.record()
             except RuntimeError as error:
-                self.reason = f"it cannot be captured ({str(error).splitlines()[0]})"
+                self.reason = f"it cannot be recorded ({str(error).splitlines()[0]})"
                 cache.graphs.clear()
                 _log_once(self.reason)
-                return self.model(**inputs)
+                return forward(**inputs)
         return graph.replay(inputs)
 
 
@@ -136,7 +148,7 @@ def _read_step(inputs: dict[str, Any]) -> Step | None:
     return Step(positions, None, mask, ids.shape[0], ids.shape[1], ids.device)
 
 
-def _why_not_captured(cache: Any, inputs: dict[str, Any]) -> str:
+def _why_not_recorded(cache: Any, inputs: dict[str, Any]) -> str:
     devices = {layer.device for layer in cache.compressed_layers}
     if len(devices) > 1:
         return "the model is spread over several devices"
@@ -180,11 +192,11 @@ def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
 class _Graph:
     """A decoding step of a model with tensors of its own for what is given to it."""
 
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-        self.model, self.inputs = model, inputs
-        self.captured: torch.cuda.CUDAGraph | None = None
+    def __init__(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> None:
+        self.forward, self.inputs = forward, inputs
+        self.recorded: torch.cuda.CUDAGraph | None = None
 
-    def capture(self) -> None:
+    def record(self) -> None:
         """Record the step.
 
         Raises:
@@ -192,14 +204,14 @@ class _Graph:
         """
         held = _cloned(self.inputs)
         self.held = [value for _, value in _leaves(held) if isinstance(value, torch.Tensor)]
-        graph, self.output = record(lambda: self.model(**held), self.held[0].device)
-        self.captured, self.inputs = graph, {}
+        self.recorded, self.output = record(lambda: self.forward(**held), self.held[0].device)
+        self.inputs = {}
 
     def replay(self, inputs: dict[str, Any]) -> Any:
         """The output of the step for these inputs, in memory of its own."""
         given = (value for _, value in _leaves(inputs) if isinstance(value, torch.Tensor))
         for held, value in zip(self.held, given, strict=True):
             held.copy_(value)
-        self.captured.replay()  # type: ignore[union-attr]
+        self.recorded.replay()  # type: ignore[union-attr]
         parts = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in self.output.items()}
         return type(self.output)(**parts)

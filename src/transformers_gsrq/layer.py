@@ -221,12 +221,6 @@ class GSRQLayer(CacheLayerMixin):
         )  # fmt: skip
         self.captured.clear()
 
-    def kernel_tensors(self) -> list[torch.Tensor]:
-        """The tensors that `prepare_kernels` has at hand."""
-        keys = self.kernel_inputs[2]
-        others = [part for part in self.kernel_inputs if isinstance(part, torch.Tensor)]
-        return [*others, keys.tables, keys.subspaces, keys.frequencies, keys.amplitudes]
-
     def attend(
         self,
         query: torch.Tensor,

@@ -153,7 +153,7 @@ class TokenState:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens of complete passes, and nothing that is only at hand for kernels."""
-        dropped = {
+        dropped: dict[str, Any] = {
             "running": None,
             "reads_codes": False,
             "_counts": {},
