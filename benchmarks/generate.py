@@ -265,13 +265,13 @@ def find_floor(bench: Bench, context: int, batch: int) -> dict[str, Any]:
 def time_drafts(bench: Bench, name: str, way: str, context: int, batch: int) -> dict[str, Any]:
     """Time of a step that verifies drafts. Nothing is compiled: queries differ in number."""
     options: dict[str, Any] = {"disable_compile": True}
+    prompt = random_tokens(bench.model, batch, context)
     if name == "gsrq-eager":
-        cache, _ = load_prompt(bench, context, batch, 2 + WARM_UP + 2 * bench.tokens)
-        prompt = continued_prompt(bench, context, batch)
+        cache: Cache = GSRQCache(bench.codebooks, bench.model)
     else:
         detach(bench.model)
-        cache, prompt = DynamicCache(config=bench.model.config), random_tokens(bench.model, batch, context)
-        options |= bench.reading()
+        cache = DynamicCache(config=bench.model.config)
+    options |= bench.reading()
     clock = Clock()
     options |= {CACHE_ARGUMENT: cache, **draft_options(way, prompt, random_model(bench.name, num_hidden_layers=1))}
     run_generate(bench.model, prompt, 1 + WARM_UP + bench.tokens, clock, **options)

@@ -196,6 +196,9 @@ def _attend(
     if gsrq_layer is None:
         if softcap is not None:
             kwargs["softcap"] = softcap
+        if attention_mask is not None and attention_mask.shape[-1] > key.shape[2]:
+            # Made for all the room of a cache whose codes cannot be read in this pass after all.
+            attention_mask = attention_mask[..., : key.shape[2]]
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return gsrq_layer.attend(query, key, value, attention_mask, scaling, softcap), None
