@@ -24,6 +24,7 @@ from .ops import triton as kernels
 
 if TYPE_CHECKING:
     from .layer import GSRQLayer
+    from .steps import Step
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,9 @@ def why_not_kernels(layer: GSRQLayer, module: nn.Module, device: torch.device, d
     )
     if reason or (reason := why_not_routed(module)):
         return reason
+    held = {part.dtype for part in layer.state.exact.values()} if layer.is_initialized else {dtype}
+    if held != {dtype}:
+        return f"the cache holds states of {', '.join(map(str, held))}, and the model computes in {dtype}"
     implementation = getattr(module.config, "_attn_implementation", None)
     if implementation in ROUTED:
         return "transformers does not let this model's attention implementation be replaced"
@@ -150,21 +154,23 @@ def why_not_kernels(layer: GSRQLayer, module: nn.Module, device: torch.device, d
     return None
 
 
-def why_not_this_pass(decoder: nn.Module, module: nn.Module, mask: Any) -> str | None:
+def why_not_this_pass(decoder: nn.Module, module: nn.Module, step: Step) -> str | None:
     """Why a forward pass cannot read codes by kernels though its layers could; None if it can.
 
     Args:
         decoder: The decoder.
         module: An attention module of it.
-        mask: What its attention is given as a mask.
+        step: What the model tells that module.
     """
+    mask = step.attention_mask
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4):
         return "the attention mask is not a boolean [B, heads, Q, T] tensor"
     if module.training and getattr(module, "attention_dropout", None):
         return "the model drops attention weights in training mode"
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters()):
-        return "gradients are needed"
-    return None
+    if torch.is_autocast_enabled(step.device.type):
+        return "autocast is on"
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters())
+    return "gradients are needed" if trained or step.differentiable else None
 
 
 @cache

@@ -258,6 +258,12 @@ class GSRQCache(SteppedCache):
                 f"This cache holds {rows} rows, but the model was given {step.batch}. Change the cache first: "
                 "batch_repeat_interleave(n) for n continuations of each row, batch_select_indices(rows) to keep some."
             )
+        mask = step.attention_mask
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-1] < before + new:
+            raise ValueError(
+                f"The attention mask covers {mask.shape[-1]} tokens, but there are {before + new}: {before} cached "
+                f"and {new} new ones."
+            )
         limit = self._restart_length
         if limit is not None and 0 < before <= limit <= before + new:
             raise ValueError(
@@ -321,7 +327,7 @@ class GSRQCache(SteppedCache):
         """
         if not layer.is_initialized or step.num_tokens > attention.MAX_QUERIES:
             return False
-        reason = self.kernel_reason() or attention.why_not_this_pass(self._decoder(), module, step.attention_mask)  # type: ignore[arg-type]
+        reason = self.kernel_reason() or attention.why_not_this_pass(self._decoder(), module, step)  # type: ignore[arg-type]
         if reason is None and layer.rotary is not None and not straight:
             reason = "the positions of the cached tokens do not follow one another"
         if reason and self.options.backend == "triton":
@@ -340,13 +346,13 @@ class GSRQCache(SteppedCache):
             self._parameter = weakref.ref(first)
         if decoder is None or first is None:
             return "the model of this cache was deleted"
-        asked = (first.device, first.dtype, decoder.config._attn_implementation, self.options)
+        asked = first.device, first.dtype, decoder.config._attn_implementation, self.tokens.dtypes
         if self._kernels[0] != asked:
             reasons = []
             for layer in self.compressed_layers:
                 module = self._modules[layer.index]()
-                device, dtype = (layer.device, layer.dtype) if layer.is_initialized else asked[:2]
-                reasons.append(attention.why_not_kernels(layer, module, device, dtype))  # type: ignore[arg-type]
+                device = layer.device if layer.is_initialized else first.device
+                reasons.append(attention.why_not_kernels(layer, module, device, first.dtype))  # type: ignore[arg-type]
                 layer.can_read_codes = reasons[-1] is None
             self._kernels = asked, None if None in reasons else reasons[0]
         return self._kernels[1]
@@ -364,6 +370,7 @@ class GSRQCache(SteppedCache):
         tokens.ring = 0
         for layer in self.compressed_layers:
             if layer.is_initialized:
+                layer.forget_kernel_inputs()
                 layer.state.resize_ring(ring, tokens.num_stored, tokens.length)
                 layer.state.reserve(running.room, tokens.codes_of(running.stored))
         tokens.ring, tokens.capacity = ring, running.room

@@ -6,6 +6,8 @@ hooks on the decoder say when a pass begins and when it is complete.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from transformers import PreTrainedModel
 from . import attention, decoding
 from .models import CACHE_ARGUMENTS, attention_modules
 from .steps import Step, SteppedCache, find_cache
+
+logger = logging.getLogger(__name__)
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -77,7 +81,19 @@ def detach(model: PreTrainedModel) -> None:
 def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = find_cache(args, kwargs)
     if cache is not None and not cache.driven:
+        if torch.compiler.is_compiling():
+            _advise()
         _begin(cache, decoder)
+
+
+@torch.compiler.disable
+@functools.cache
+def _advise() -> None:
+    logger.warning(
+        "This model was compiled as a whole, and most of it runs as if it was not: what a cache keeps in Python changes "
+        "with every token. Use generate, or decode with model.get_compiled_call(None)(input_ids=..., position_ids=..., "
+        "cache=...), which replays a CUDA graph, or with a CompileConfig instead of None."
+    )
 
 
 # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
@@ -112,6 +128,7 @@ def _stage(cache: SteppedCache, module: nn.Module, args: tuple[Any, ...], kwargs
         hidden.shape[0],
         hidden.shape[1],
         hidden.device,
+        torch.is_grad_enabled() and hidden.requires_grad,
     )
     cache.stage_step(module, step)
 

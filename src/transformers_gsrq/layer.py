@@ -52,12 +52,12 @@ class GSRQLayer(CacheLayerMixin):
         self.attended = False
         # Recorded attention, by what it was given: empty where it only ran once.
         self.captured: dict[Any, Any] = {}
+        self.kernel_inputs: tuple[Any, ...] = ()
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: nothing that is only at hand for kernels."""
-        dropped = ("kernel", "kernel_inputs")
-        return {**{name: part for name, part in self.__dict__.items() if name not in dropped}, "captured": {}}
+        return {**self.__dict__, "kernel_inputs": (), "captured": {}}
 
     # What transformers asks
 
@@ -131,6 +131,7 @@ class GSRQLayer(CacheLayerMixin):
             self.device,
         )
         self.state.resize_ring(self.tokens.ring, 0, 0)
+        self.tokens.dtypes += 1
         self.is_initialized = True
 
     def update(
@@ -166,7 +167,8 @@ class GSRQLayer(CacheLayerMixin):
         state, leaving = self.state, running.leaving
         for kind, states in new.items():
             if states.dtype != state.exact[kind].dtype and state.promote(kind, states.dtype):
-                self.tokens.epoch += 1
+                self.tokens.dtypes += 1
+                self.tokens.moved()
         if leaving == 0:
             for kind, states in new.items():
                 state.write(kind, states.detach(), running.before)
@@ -420,13 +422,14 @@ class GSRQLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Free everything."""
         self.is_initialized = False
-        self.captured.clear()
-        for name in ("quantizers", "state", "kernel", "kernel_inputs"):
+        self.forget_kernel_inputs()
+        for name in ("quantizers", "state", "kernel"):
             self.__dict__.pop(name, None)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep these rows of the batch, in this order, as many as there are; the cache has checked them."""
         if self.is_initialized:
+            self.forget_kernel_inputs()
             self.state.select(beam_idx, self.tokens.codes_of(self.tokens.num_stored))
 
     def offload(self) -> None:
@@ -438,7 +441,13 @@ class GSRQLayer(CacheLayerMixin):
         if self.is_initialized and self.state.device != self.device:
             self._move(self.device)
 
+    def forget_kernel_inputs(self) -> None:
+        """Let go of tensors that were replaced; `prepare_kernels` takes the new ones."""
+        self.kernel_inputs = ()
+        self.captured.clear()
+
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
+            self.forget_kernel_inputs()
             self.state.to(device)
             self.tokens.moved()

@@ -114,6 +114,7 @@ class TokenState:
         straight: Whether the positions of every row's coded tokens follow one another.
         long_text: Whether the prompt was so long that the model rotates by its other frequencies (longrope).
         epoch: Grows whenever a tensor that kernels read moves in memory.
+        dtypes: Grows whenever a layer begins to hold states, or holds them in another dtype.
         running: The forward pass that is running, once it is known what it does; None between passes.
         reads_codes: `running.reads_codes`, False between passes: the one thing that traced code looks at.
         rotary_error: Differences found by `Rotary.error` and not looked at yet.
@@ -124,7 +125,7 @@ class TokenState:
         self.residual_length = residual_length
         self.chunk_length = chunk_length
         self.max_length = max_length
-        self.epoch = 0
+        self.epoch = self.dtypes = 0
         self.running: ForwardPass | None = None
         self.reads_codes = False
         self.reset()

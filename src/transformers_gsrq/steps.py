@@ -25,6 +25,7 @@ class Step:
         batch: Rows B.
         num_tokens: New tokens T.
         device: Where the layer computes.
+        differentiable: Whether gradients are wanted of what the layer is given.
     """
 
     position_ids: torch.Tensor | None
@@ -33,6 +34,7 @@ class Step:
     batch: int
     num_tokens: int
     device: torch.device
+    differentiable: bool = False
 
 
 class SteppedCache(Cache):
