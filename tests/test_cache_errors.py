@@ -370,7 +370,7 @@ def test_failed_growth(
         model(PROMPT, **{CACHE_ARGUMENT: cache})
     cache.activate_past_recording()
     # More tokens than the ring has slots for; then, when they are due, more codes than there is room for.
-    counts = [40, 3] if growing == "reserve" else [40]
+    counts = [60, 3] if growing == "reserve" else [40]
     for count in counts[:-1]:
         next_logits(model, cache, count)
     before, expected = contents(cache), next_logits(model, copy.deepcopy(cache), counts[-1])

@@ -101,6 +101,8 @@ class GSRQCache(SteppedCache):
         rotaries: dict[int, Rotary | None] = dict.fromkeys(config.layers)
         if config.key_space == "before_rope":
             rotaries = read_rotary(model, config.layers)
+        # Of the layers that turn their keys, which all turn alike; None where none does.
+        self._rotary = next((rotary for rotary in rotaries.values() if rotary is not None), None)
         self.tokens = TokenState(sink_length, residual_length, chunk_length, max_length)
         layers = native_layers(model.config)
         for index in config.layers:
@@ -223,7 +225,7 @@ class GSRQCache(SteppedCache):
         for each in self.compressed_layers:
             each.prefetch()
             each.attended = False
-        positions, settled = self._note_tokens(layer, step)
+        positions, settled = self._note_tokens(step)
         due = tokens.num_exact - tokens.residual_length if tokens.num_exact >= tokens.full_window else 0
         stored, exact = tokens.num_stored + due, tokens.num_exact - due
         prompt = new > 1 and (tokens.length == 0 or new >= tokens.full_window or options.quantize_prefill)
@@ -237,10 +239,10 @@ class GSRQCache(SteppedCache):
             reads_codes=False,
             room=tokens.capacity_for(max(1, tokens.codes_of(stored + leaving))),
         )
+        self._make_room(running)
         if due:
             self._compress_due(due, running, positions)
         running.reads_codes = leaving == 0 and self._can_read_codes(layer, module, step, tokens.straight)
-        self._make_room(running)
         if running.reads_codes:
             self._prepare_kernels(running)
         tokens.running, tokens.reads_codes = running, running.reads_codes
@@ -272,7 +274,7 @@ class GSRQCache(SteppedCache):
                 f"that, or start with a prompt of more than {limit} tokens."
             )
 
-    def _note_tokens(self, layer: GSRQLayer, step: Step) -> tuple[torch.Tensor | None, bool]:
+    def _note_tokens(self, step: Step) -> tuple[torch.Tensor | None, bool]:
         """Write down where the new tokens stand; positions of all tokens, and whether every row has begun.
 
         One synchronization for a prompt and while rows have not begun, none for a few more tokens.
@@ -281,10 +283,10 @@ class GSRQCache(SteppedCache):
         if step.position_ids is not None:
             room = tokens.sink_length + tokens.capacity_for(1) + tokens.ring
             positions = tokens.write_positions(step.position_ids, step.batch, room, step.device)
-        if layer.rotary is not None:
+        if self._rotary is not None:
             if tokens.length == 0:
-                tokens.long_text = layer.rotary.for_length(new) is not layer.rotary
-            active = layer.active_rotary or layer.rotary
+                tokens.long_text = self._rotary.for_length(new) is not self._rotary
+            active = self._rotary.longer if tokens.long_text and self._rotary.longer else self._rotary
             if active.max_tokens is not None and tokens.length + new > active.max_tokens:
                 raise ValueError(
                     f"The context reaches {tokens.length + new} tokens, but this model rotates keys by other "
@@ -328,7 +330,7 @@ class GSRQCache(SteppedCache):
         if not layer.is_initialized or step.num_tokens > attention.MAX_QUERIES:
             return False
         reason = self.kernel_reason() or attention.why_not_this_pass(self._decoder(), module, step)  # type: ignore[arg-type]
-        if reason is None and layer.rotary is not None and not straight:
+        if reason is None and self._rotary is not None and not straight:
             reason = "the positions of the cached tokens do not follow one another"
         if reason and self.options.backend == "triton":
             raise ValueError(f"backend='triton' cannot decode layer {layer.index}: {reason}.")
@@ -372,7 +374,7 @@ class GSRQCache(SteppedCache):
             if layer.is_initialized:
                 layer.forget_kernel_inputs()
                 layer.state.resize_ring(ring, tokens.num_stored, tokens.length)
-                layer.state.reserve(running.room, tokens.codes_of(running.stored))
+                layer.state.reserve(running.room, tokens.codes_of(tokens.num_stored))
         tokens.ring, tokens.capacity = ring, running.room
         tokens.moved()
 

@@ -28,15 +28,25 @@ def record(run: Callable[[], Any], device: torch.device, pool: Any = None) -> tu
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = random.get_state()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # Other threads may allocate meanwhile.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                out = run()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads may allocate meanwhile.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    out = run()
+                finally:
+                    graph.capture_end()
+        except BaseException:
+            # Torch leaves its generator waiting for the end of the recording.
+            fresh = torch.Generator(device=f"cuda:{torch.cuda.current_device()}")
+            fresh.set_state(state)
+            random.graphsafe_set_state(fresh)
+            raise
+        finally:
+            current.wait_stream(stream)
     return graph, out
 
 
@@ -56,6 +66,8 @@ class StepInputs:
             torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, value)
         )
         self.mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+        # Memory of what is recorded with these inputs, which all layers share: they run one after another.
+        self.pool = torch.cuda.graph_pool_handle()
         # The mask of this pass; the next may bring the same tensor with other numbers in it.
         self.given: torch.Tensor | None = None
 

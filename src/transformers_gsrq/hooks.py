@@ -90,9 +90,9 @@ def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 @functools.cache
 def _advise() -> None:
     logger.warning(
-        "This model was compiled as a whole, and most of it runs as if it was not: what a cache keeps in Python changes "
-        "with every token. Use generate, or decode with model.get_compiled_call(None)(input_ids=..., position_ids=..., "
-        "cache=...), which replays a CUDA graph, or with a CompileConfig instead of None."
+        "This model was compiled as a whole, and most of it runs as if it was not: what a cache keeps in Python "
+        "changes with every token. Use generate, or decode with model.get_compiled_call(None)(input_ids=..., "
+        "position_ids=..., cache=...), which replays a CUDA graph, or with a CompileConfig instead of None."
     )
 
 
@@ -114,7 +114,9 @@ def _before_attention(
     if cache.wants_steps:
         _stage(cache, module, args, kwargs)
     if cache.reads_codes and attention.is_routed(module):
-        return args, {**kwargs, attention.LAYER_ARGUMENT: cache.layers[module.layer_idx]}
+        layer = cache.layers[module.layer_idx]
+        if getattr(layer, "can_read_codes", False):
+            return args, {**kwargs, attention.LAYER_ARGUMENT: layer}
     return None
 
 

@@ -131,6 +131,7 @@ class GSRQLayer(CacheLayerMixin):
             self.device,
         )
         self.state.resize_ring(self.tokens.ring, 0, 0)
+        self.state.reserve(self.tokens.capacity, 0)
         self.tokens.dtypes += 1
         self.is_initialized = True
 
@@ -245,10 +246,8 @@ class GSRQLayer(CacheLayerMixin):
         Returns:
             `[B, Q, Hq, D]`.
         """
-        if torch.compiler.is_compiling():
-            return self._launch(query, key, value, mask, scaling, softcap)
         self.attended = True
-        if not query.is_cuda or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not query.is_cuda or torch.cuda.is_current_stream_capturing():
             return self._launch(query, key, value, mask, scaling, softcap)
         # Python takes longer to launch five kernels than the GPU to run them on a short text.
         name = query.shape, query.dtype, None if mask is None else mask.shape, scaling, softcap
@@ -262,7 +261,7 @@ class GSRQLayer(CacheLayerMixin):
             graph, out = record(
                 lambda: self._launch(inputs.query, inputs.key, inputs.value, inputs.mask, scaling, softcap),
                 self.device,
-                self.tokens.pool,
+                inputs.pool,
             )
             found = self.captured[name] = graph, out, inputs
         graph, out, inputs = found
@@ -295,7 +294,6 @@ class GSRQLayer(CacheLayerMixin):
         tokens, last = self.tokens, first + states["key"].shape[2]
         coded = max(first, tokens.sink_length)
         if coded < last:
-            self.state.reserve(running.room, tokens.codes_of(first))
             for kind in KINDS:
                 part = states[kind].detach()[:, :, coded - first :]
                 running.finite[f"layer {self.index} {kind}"] = part.isfinite().all()

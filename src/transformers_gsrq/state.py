@@ -144,9 +144,9 @@ class TokenState:
         self.epoch += 1
         # By device: the counts, and what they were written from.
         self._counts: dict[torch.device, tuple[torch.Tensor, list[int]]] = {}
-        # What recorded attention is given, by device and shapes, and the memory that it allocates.
+        # What recorded attention is given, by device and shapes, and the epoch that it was recorded in.
         self._step_inputs: dict[Any, StepInputs] = {}
-        self._pool: Any = None
+        self._recorded = -1
         # Grows whenever a row begins elsewhere or stands elsewhere.
         self._version = 0
         self.rotary_error: torch.Tensor | None = None
@@ -159,7 +159,6 @@ class TokenState:
             "reads_codes": False,
             "_counts": {},
             "_step_inputs": {},
-            "_pool": None,
             "_tables": {},
         }
         return {**self.__dict__, **dropped}
@@ -301,15 +300,13 @@ class TokenState:
 
     # What recorded attention needs
 
-    @property
-    def pool(self) -> Any:
-        """Memory of recorded attention, which all layers share: they run one after another."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
-
     def step_inputs(self, device: torch.device, name: Any, *given: Any) -> StepInputs:
-        """Tensors that recorded attention reads what it is given from; one set for the layers of a device."""
+        """Tensors that recorded attention reads what it is given from; one set for the layers of a device.
+
+        They and the memory that goes with them are made anew where `epoch` changed: what was recorded before is gone.
+        """
+        if self._recorded != self.epoch:
+            self._recorded, self._step_inputs = self.epoch, {}
         if (device, name) not in self._step_inputs:
             self._step_inputs[device, name] = StepInputs(*given)
         return self._step_inputs[device, name]
