@@ -312,13 +312,18 @@ class GSRQCache(SteppedCache):
             first = tokens.num_stored
             states = {kind: layer.state.read(kind, first, first + due) for kind in KINDS}
             layer.compress(states, first, running)
-        running.check_finite()
-        self._finish_compression(running.stored, positions)
+        self._check_compressed(running, running.stored, positions)
 
-    def _finish_compression(self, num_stored: int, positions: torch.Tensor | None) -> None:
+    def _check_compressed(self, running: ForwardPass, num_stored: int, positions: torch.Tensor | None) -> None:
+        """Look at what was left on the devices: one synchronization for all layers and tokens that were compressed.
+
+        Raises:
+            ValueError: if a state that left the window is NaN or infinite, or the model turns keys otherwise.
+        """
         tokens = self.tokens
         tokens.check_rotary()
-        tokens.straight = positions is None or bool(tokens.are_straight(positions, num_stored))
+        straight = None if positions is None else tokens.are_straight(positions, num_stored)
+        tokens.straight = running.check_finite(straight)
         tokens.forget_tables()
 
     def _can_read_codes(self, layer: GSRQLayer, module: nn.Module, step: Step, straight: bool) -> bool:
@@ -434,10 +439,9 @@ class GSRQCache(SteppedCache):
         if running is not None and not running.complete:
             try:
                 self._check_complete(running)
-                running.check_finite()
                 if running.leaving:
                     whole = None if tokens._positions is None else tokens._positions[:, : running.after]
-                    self._finish_compression(running.stored_after, whole)
+                    self._check_compressed(running, running.stored_after, whole)
             except BaseException:
                 self.roll_back()
                 raise
@@ -548,14 +552,14 @@ class GSRQCache(SteppedCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask covers, as it was before the pass that is running.
 
-        Where every layer reads codes and `generate` may compile, masks of one token cover the room of the cache: they
-        keep their shape while the text grows.
+        Where every layer reads codes and `generate` may compile, masks of a few tokens cover the room of the cache:
+        they keep their shape while the text grows.
         """
         layers = self.layers
         # Linear attention counts no tokens; the first layer that does answers for it.
         index = next((i for i in range(layer_idx, len(layers)) if isinstance(layers[i], CacheLayerMixin)), layer_idx)
         if index < len(layers) and isinstance(layers[index], GSRQLayer):
-            if query_length == 1 and self.tokens.length and self.is_compileable:
+            if query_length <= attention.MAX_QUERIES and self.tokens.length and self.is_compileable:
                 return self._room_after(query_length), 0
             return layers[index].get_mask_sizes(query_length)
         if self._before is not None:

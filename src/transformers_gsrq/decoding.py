@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,9 +50,22 @@ class DecodingCall:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.__setstate__({"model": model, "reason": ""})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model gets: the call of that copy."""
+        return {"model": self.model, "reason": self.reason}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Weakly: a model that is dropped is freed at once, its gigabytes do not wait for the garbage collector.
+        self._model = weakref.ref(state["model"])
         # Why steps of this model cannot be recorded, once that was found out.
-        self.reason = ""
+        self.reason: str = state["reason"]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; whoever calls this holds it."""
+        return self._model()
 
     def __call__(self, compile_config: Any) -> Callable[..., Any]:
         """The call of a decoding step.
@@ -90,18 +104,18 @@ class DecodingCall:
             return forward(**inputs)
         name = (
             cache.tokens.epoch,
-            forward,
+            id(forward),
             *((path, _describe(value)) for path, value in _leaves(inputs) if value is not cache),
         )
         graph = cache.graphs.get(name)
         if graph is None:
             # The first such step runs as it is: kernels are compiled and libraries set up before anything is recorded.
             cache.graphs = {known: held for known, held in cache.graphs.items() if known[0] == name[0]}
-            cache.graphs[name] = _Graph(forward, inputs)
+            cache.graphs[name] = _Graph()
             return forward(**inputs)
         if not graph.recorded:
             try:
-                graph.record()
+                graph.record(forward, inputs)
             except RuntimeError as error:
                 self.reason = f"it cannot be recorded ({str(error).splitlines()[0]})"
                 cache.graphs.clear()
@@ -190,22 +204,23 @@ def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Graph:
-    """A decoding step of a model with tensors of its own for what is given to it."""
+    """A decoding step of a model with tensors of its own for what is given to it; it holds neither model nor cache."""
 
-    def __init__(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> None:
-        self.forward, self.inputs = forward, inputs
+    def __init__(self) -> None:
         self.recorded: torch.cuda.CUDAGraph | None = None
 
-    def record(self) -> None:
+    def record(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> None:
         """Record the step.
 
         Raises:
             RuntimeError: if the model does what cannot be recorded, such as waiting for the device.
         """
-        held = _cloned(self.inputs)
+        held = _cloned(inputs)
         self.held = [value for _, value in _leaves(held) if isinstance(value, torch.Tensor)]
-        self.recorded, self.output = record(lambda: self.forward(**held), self.held[0].device)
-        self.inputs = {}
+        self.recorded, output = record(lambda: forward(**held), self.held[0].device)
+        self.kind = type(output)
+        # What is no tensor is the cache, which the model gives back under the name that it was given by.
+        self.output = {name: value if isinstance(value, torch.Tensor) else None for name, value in output.items()}
 
     def replay(self, inputs: dict[str, Any]) -> Any:
         """The output of the step for these inputs, in memory of its own."""
@@ -213,5 +228,5 @@ class _Graph:
         for held, value in zip(self.held, given, strict=True):
             held.copy_(value)
         self.recorded.replay()  # type: ignore[union-attr]
-        parts = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in self.output.items()}
-        return type(self.output)(**parts)
+        parts = {n: inputs[n] if v is None else v.clone() for n, v in self.output.items()}
+        return self.kind(**parts)

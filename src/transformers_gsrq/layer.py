@@ -352,8 +352,6 @@ class GSRQLayer(CacheLayerMixin):
 
     def _decode(self, kind: Kind, running: ForwardPass, new: torch.Tensor) -> torch.Tensor:
         """States of all tokens of a running pass, those that leave it still exact."""
-        held = self.state.exact[kind]
-        new = new.to(held.dtype)
         return self._all(kind, running.stored, self._joined(kind, running.stored, running.before, new))
 
     def _reread(self, kind: Kind, running: ForwardPass, new: torch.Tensor) -> torch.Tensor:

@@ -77,19 +77,25 @@ class ForwardPass:
         """Tokens that have left the window once it is complete."""
         return self.stored + self.leaving
 
-    def check_finite(self) -> None:
-        """Look at `finite`, in one synchronization for each device.
+    def check_finite(self, straight: torch.Tensor | None) -> bool:
+        """Look at `finite`, and with it at whether positions are `straight`, in one synchronization for each device.
+
+        Returns:
+            Whether they are; True where there are none.
 
         Raises:
             ValueError: if a state that left the window is NaN or infinite.
         """
         names, flags = list(self.finite), list(self.finite.values())
+        flags += [] if straight is None else [straight]
         if len({flag.device for flag in flags}) > 1:
             flags = [flag.cpu() for flag in flags]
-        for name, fine in zip(names, torch.stack(flags).tolist() if flags else [], strict=True):
+        seen = torch.stack(flags).tolist() if flags else []
+        self.finite.clear()
+        for name, fine in zip(names, seen, strict=False):
             if not fine:
                 raise ValueError(_FINITE.format(name))
-        self.finite.clear()
+        return straight is None or seen[-1]
 
 
 class TokenState:
