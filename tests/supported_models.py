@@ -70,7 +70,7 @@ DEVICES = """
 spread over two GPUs, or over two GPUs and weights offloaded to the CPU, generate, search with beams, calibrate, save \
 and load as on one (`python -m pytest tests/test_devices.py`, {device}, commit `{commit}`, transformers \
 {transformers}, torch {torch}: {passed} tests passed). With Gemma 3 a loaded cache differed from the saved one in the \
-device of one table; since that was repaired, all of `tests/test_devices.py` and `tests/test_fused.py` pass there, \
+device of one table; since that was repaired, all of `tests/test_devices.py` and `tests/test_kernels.py` pass there, \
 with kernels on each layer's own GPU (commit `ab4f3cd`, Triton 3.9.0: 85 tests). Weights offloaded by accelerate are \
 part of every test run.
 
