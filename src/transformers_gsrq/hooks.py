@@ -87,13 +87,17 @@ def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 @torch.compiler.disable
-@functools.cache
 def _advise() -> None:
-    logger.warning(
+    _log_once(
         "This model was compiled as a whole, and most of it runs as if it was not: what a cache keeps in Python "
         "changes with every token. Use generate, or decode with model.get_compiled_call(None)(input_ids=..., "
         "position_ids=..., cache=...), which replays a CUDA graph, or with a CompileConfig instead of None."
     )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
 
 
 # Lengths kept in Python change with every token: traced, they would be compiled anew each time.
