@@ -150,6 +150,7 @@ class GSRQCache(SteppedCache):
             **self.__dict__,
             "layers": self._committed_layers(),
             "_before": None,
+            "driven": False,
             "graphs": {},
             "workspaces": {},
             "_prepared": -1,
@@ -391,7 +392,11 @@ class GSRQCache(SteppedCache):
         for device in devices:
             counts = tokens.counts(device, running.stored, running.exact)
             held = self.workspaces.get(device)
-            needed = layers[0].workspace_bytes(self._num_query_heads, queries, device)
+            needed = max(
+                layer.workspace_bytes(self._num_query_heads, queries, device)
+                for layer in layers
+                if layer.device == device
+            )
             if held is None or held.numel() < needed:
                 with torch.inference_mode(False):
                     self.workspaces[device] = torch.empty(needed, dtype=torch.uint8, device=device)
@@ -629,7 +634,8 @@ class GSRQCache(SteppedCache):
         self.tokens.reset()
         self.graphs.clear()
         self.workspaces.clear()
-        self._before, self._broken, self._backend = None, "", "torch"
+        self.tokens.max_length = self.options.max_length
+        self._before, self._broken, self._backend, self.driven = None, "", "torch", False
 
     def expect_length(self, max_length: int) -> None:
         """Make room for a text of this length when room is made next; longer than said before, never shorter."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ class DecodingCall:
         Args:
             compile_config: transformers' `CompileConfig`; None compiles nothing.
         """
-        return functools.partial(self._step, compile_config)
+        return functools.partial(self._step, compile_config, _state_of(self.model))
 
     def _compiled(self, compile_config: Any, mode: str | None) -> Callable[..., Any]:
         if compile_config is not None and mode != compile_config.mode:
@@ -81,7 +82,7 @@ class DecodingCall:
             compile_config.mode = mode
         return type(self.model).get_compiled_call(self.model, compile_config)
 
-    def _step(self, compile_config: Any, **inputs: Any) -> Any:
+    def _step(self, compile_config: Any, state: int, **inputs: Any) -> Any:
         cache = find_cache((), inputs)
         if cache is None:
             return type(self.model).get_compiled_call(self.model, compile_config)(**inputs)
@@ -95,9 +96,9 @@ class DecodingCall:
             if compile_config is not None:
                 # The graph is recorded here, where counts are known, instead of by the compiler.
                 forward = self._compiled(compile_config, _WITHOUT_GRAPHS.get(compile_config.mode, compile_config.mode))
-            return self._replay(cache, forward, inputs)
+            return self._replay(cache, forward, state, inputs)
 
-    def _replay(self, cache: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def _replay(self, cache: Any, forward: Callable[..., Any], state: int, inputs: dict[str, Any]) -> Any:
         reason = self.reason or _why_not_recorded(cache, inputs)
         if reason:
             _log_once(reason)
@@ -105,6 +106,7 @@ class DecodingCall:
         name = (
             cache.tokens.epoch,
             id(forward),
+            state,
             *((path, _describe(value)) for path, value in _leaves(inputs) if value is not cache),
         )
         graph = cache.graphs.get(name)
@@ -116,6 +118,9 @@ class DecodingCall:
         if not graph.recorded:
             try:
                 graph.record(forward, inputs)
+            except torch.OutOfMemoryError:
+                _log_once("there was no memory to record it")
+                return forward(**inputs)
             except RuntimeError as error:
                 self.reason = f"it cannot be recorded ({str(error).splitlines()[0]})"
                 cache.graphs.clear()
@@ -174,6 +179,18 @@ def _why_not_recorded(cache: Any, inputs: dict[str, Any]) -> str:
     if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
         return "attentions or hidden states were asked for"
     return ""
+
+
+def _state_of(model: PreTrainedModel) -> int:
+    """A number that changes with what a recorded step of a model depends on beside its inputs.
+
+    Where its weights are, whether it trains, what hooks and adapters it has; weights may change in place.
+    """
+    parts: list[Any] = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
+    for module in model.modules():
+        adapters = str(getattr(module, "active_adapters", "")), str(getattr(module, "disable_adapters", ""))
+        parts.append((module.training, len(module._forward_hooks), len(module._forward_pre_hooks), adapters))
+    return hash(tuple(parts))
 
 
 def _leaves(inputs: dict[str, Any], *above: str) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -184,6 +184,11 @@ class TokenState:
         """Exact tokens in the ring."""
         return self.length - self.num_stored
 
+    @property
+    def room(self) -> int:
+        """Tokens that there is room for."""
+        return self.sink_length + self.capacity + self.ring
+
     def codes_of(self, num_stored: int) -> int:
         """Codes that there are when so many tokens have left the window."""
         return max(0, num_stored - self.sink_length)
@@ -377,6 +382,7 @@ class TokenState:
             # A row cut back into its padding may begin elsewhere next time.
             if self.starts is not None and self.padded:
                 self.settled = bool((self.starts < length).all())
+            self._look_whether_straight()
             self._version += 1
 
     @torch.inference_mode(False)
@@ -386,7 +392,13 @@ class TokenState:
             self.starts = self.starts[rows.to(self.starts.device)]
         if self._positions is not None:
             self._positions = self._positions[rows.to(self._positions.device)]
+        self._look_whether_straight()
         self.moved()
+
+    def _look_whether_straight(self) -> None:
+        """Look again at positions that did not follow one another: those that did not may be gone."""
+        if not self.straight and self._positions is not None:
+            self.straight = bool(self.are_straight(self._positions, self.num_stored))
 
     def moved(self) -> None:
         """Take note that tensors of the cache lie elsewhere now, or hold other rows."""
