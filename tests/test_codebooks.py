@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig
+from transformers_gsrq.codebooks import _read_tensors
 from transformers_gsrq.hub import MAX_FOLDERS
 
 CONFIG = GSRQConfig.for_model(
@@ -271,6 +272,27 @@ def test_a_reader_beside_a_writer_finds_whole_codebooks(tmp_path: Path) -> None:
         assert GSRQCodebooks.from_pretrained(tmp_path / "codebooks").digest in {made.digest for made in both}
     writer.join()
     assert len(list((tmp_path / "codebooks").iterdir())) == 2
+
+
+def test_others_and_then_the_same_are_saved_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that gets tensors of others finds the digest that it began with, in a newer file."""
+    both = [make_codebooks(), make_codebooks()]
+    both[0].save_pretrained(tmp_path)
+    to_save = [both[1], both[0]]
+
+    def read(path: Path, config: GSRQConfig) -> object:
+        if len(to_save) == 2:
+            to_save.pop(0).save_pretrained(tmp_path)
+        found = _read_tensors(path, config)
+        if to_save:
+            to_save.pop(0).save_pretrained(tmp_path)
+        return found
+
+    monkeypatch.setattr("transformers_gsrq.codebooks._read_tensors", read)
+    assert GSRQCodebooks.from_pretrained(tmp_path).digest == both[0].digest
+    assert not to_save
 
 
 def test_nobody_else_can_change_them() -> None:

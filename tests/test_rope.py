@@ -187,11 +187,12 @@ def test_tables_that_differ_from_the_models_are_noticed() -> None:
     rotary = Rotary(torch.tensor([1.0, 0.1]), 1.0)
     cos, sin = rotary.cos_sin(positions, torch.float32)
     right = (torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
-    rotary.check(positions, right)
+    rotary.check(rotary.error(positions, right).item())
+    # Other positions, and the layout of interleaved pairs.
+    for at, seen in ((positions + 1, right), (positions, tuple(table[..., [0, 2, 1, 3]] for table in right))):
+        with pytest.raises(ValueError, match="differs from the one read from it"):
+            rotary.check(rotary.error(at, seen).item())
     with pytest.raises(ValueError, match="differs from the one read from it"):
-        rotary.check(positions + 1, right)
-    with pytest.raises(ValueError, match="differs from the one read from it"):
-        # The layout of interleaved pairs.
-        rotary.check(positions, tuple(table[..., [0, 2, 1, 3]] for table in right))
+        rotary.check(rotary.error(positions, (right[0] * torch.nan, right[1])).item())
     with pytest.raises(ValueError, match="rotates 2 channels"):
-        rotary.check(positions, (cos, sin))
+        rotary.error(positions, (cos, sin))

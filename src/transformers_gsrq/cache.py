@@ -300,12 +300,11 @@ class GSRQCache(SteppedCache):
                 tokens.rotary_error = error if held is None else torch.maximum(held.to(error.device), error)
         if tokens.settled:
             if new > attention.MAX_QUERIES:
-                tokens.check_rotary()
+                tokens.look()
             return positions, True
         tokens.begin_rows(first_real_tokens(step.attention_mask, step.batch, tokens.length, new, step.device))
-        first, last = tokens.look_at_rows()
-        tokens.padded = last > 0
-        return positions, max(first, last) < tokens.length + new
+        tokens.padded, settled = tokens.look_at_rows(tokens.length + new)
+        return positions, settled
 
     def _compress_due(self, due: int, running: ForwardPass, positions: torch.Tensor | None) -> None:
         tokens = self.tokens
@@ -313,19 +312,7 @@ class GSRQCache(SteppedCache):
             first = tokens.num_stored
             states = {kind: layer.state.read(kind, first, first + due) for kind in KINDS}
             layer.compress(states, first, running)
-        self._check_compressed(running, running.stored, positions)
-
-    def _check_compressed(self, running: ForwardPass, num_stored: int, positions: torch.Tensor | None) -> None:
-        """Look at what was left on the devices: one synchronization for all layers and tokens that were compressed.
-
-        Raises:
-            ValueError: if a state that left the window is NaN or infinite, or the model turns keys otherwise.
-        """
-        tokens = self.tokens
-        tokens.check_rotary()
-        straight = None if positions is None else tokens.are_straight(positions, num_stored)
-        tokens.straight = running.check_finite(straight)
-        tokens.forget_tables()
+        tokens.check_compressed(running, running.stored, positions)
 
     def _can_read_codes(self, layer: GSRQLayer, module: nn.Module, step: Step, straight: bool) -> bool:
         """Whether layers of this pass attend to their codes by kernels; says once which path runs.
@@ -446,7 +433,7 @@ class GSRQCache(SteppedCache):
                 self._check_complete(running)
                 if running.leaving:
                     whole = None if tokens._positions is None else tokens._positions[:, : running.after]
-                    self._check_compressed(running, running.stored_after, whole)
+                    tokens.check_compressed(running, running.stored_after, whole)
             except BaseException:
                 self.roll_back()
                 raise

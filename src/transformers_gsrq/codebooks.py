@@ -440,16 +440,16 @@ class GSRQCodebooks:
 
     @classmethod
     def _load(cls, folder: Path) -> GSRQCodebooks:
-        rate = _read_rate(folder / CONFIG_NAME)
+        config = folder / CONFIG_NAME
         while True:
+            written = _written(config)
+            rate = _read_rate(config)
             try:
                 return cls._read(folder, rate)
             except (ValueError, OSError):
-                # Somebody may have saved others in the meantime.
-                now = _read_rate(folder / CONFIG_NAME)
-                if now.digest == rate.digest:
+                # Somebody may have saved others in the meantime, and then perhaps the same ones again.
+                if _written(config) == written:
                     raise
-                rate = now
 
     @classmethod
     def _read(cls, folder: Path, rate: Rate) -> GSRQCodebooks:
@@ -515,6 +515,15 @@ def _check_values(gains_name: str, gains: torch.Tensor, shapes_name: str, shapes
         sums = (gains[..., None] * shapes.float()).abs().amax(-2).sum(-2)
         if sums.max() > largest:
             raise ValueError(f"{gains_name}: sums of centroids reach {sums.max():.3g}, more than float16 can hold.")
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """Which file there is under a name, and since when; None if there is none."""
+    try:
+        held = path.stat()
+    except FileNotFoundError:
+        return None
+    return held.st_ino, held.st_mtime_ns
 
 
 def _tensor_files(folder: Path, digest: str) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ needs no undoing, and reading never disturbs a pass that is running.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,15 @@ RING_UNIT = 16
 def round_up(number: int, unit: int) -> int:
     """The next multiple of `unit`."""
     return -(-number // unit) * unit
+
+
+def look(*numbers: torch.Tensor | None) -> list[float | None]:
+    """What numbers on devices are, in one synchronization for each device; None for None."""
+    there = [number for number in numbers if number is not None]
+    if len({number.device for number in there}) > 1:
+        there = [number.cpu() for number in there]
+    seen = iter(torch.stack(there).tolist() if there else [])
+    return [None if number is None else next(seen) for number in numbers]
 
 
 _FINITE = (
@@ -77,26 +86,6 @@ class ForwardPass:
         """Tokens that have left the window once it is complete."""
         return self.stored + self.leaving
 
-    def check_finite(self, straight: torch.Tensor | None) -> bool:
-        """Look at `finite`, and with it at whether positions are `straight`, in one synchronization for each device.
-
-        Returns:
-            Whether they are; True where there are none.
-
-        Raises:
-            ValueError: if a state that left the window is NaN or infinite.
-        """
-        names, flags = list(self.finite), list(self.finite.values())
-        flags += [] if straight is None else [straight]
-        if len({flag.device for flag in flags}) > 1:
-            flags = [flag.cpu() for flag in flags]
-        seen = torch.stack(flags).tolist() if flags else []
-        self.finite.clear()
-        for name, fine in zip(names, seen, strict=False):
-            if not fine:
-                raise ValueError(_FINITE.format(name))
-        return straight is None or seen[-1]
-
 
 class TokenState:
     """How many tokens there are, where they stand and where each row begins; the same for all layers of a cache.
@@ -117,6 +106,7 @@ class TokenState:
         starts: int64 `[B]`, index of each row's first real token; None before the first token.
         padded: Whether any row starts later than 0.
         settled: Whether every row has begun.
+        begun_by: Tokens among which every row is known to begin, while `settled`.
         straight: Whether the positions of every row's coded tokens follow one another.
         long_text: Whether the prompt was so long that the model rotates by its other frequencies (longrope).
         epoch: Grows whenever a tensor that kernels read moves in memory.
@@ -145,6 +135,7 @@ class TokenState:
         self.starts: torch.Tensor | None = None
         self.padded = False
         self.settled = False
+        self.begun_by = 0
         self.straight = True
         self.long_text = False
         self.epoch += 1
@@ -243,27 +234,43 @@ class TokenState:
         self.starts = starts
         self._version += 1
 
-    def check_rotary(self) -> None:
-        """Look at `rotary_error`, in one synchronization if there is something to look at.
+    def look(self, *numbers: torch.Tensor | None) -> list[float | None]:
+        """Look at these numbers and at `rotary_error`, all in one synchronization.
 
         Raises:
             ValueError: if the model turns keys otherwise.
         """
-        if self.rotary_error is not None:
-            error, self.rotary_error = self.rotary_error.item(), None
-            Rotary.check(error)
-
-    def look_at_rows(self) -> tuple[int, int]:
-        """First and last start of a row; with `check_rotary`, in one synchronization."""
-        starts: Any = self.starts
-        parts = [starts.min(), starts.max()]
-        if self.rotary_error is not None:
-            parts.append(self.rotary_error.to(starts.device).double())
-        first, last, *error = torch.stack([part.double() for part in parts]).tolist()
+        error, *seen = look(self.rotary_error, *numbers)
         self.rotary_error = None
-        for each in error:
-            Rotary.check(each)
-        return int(first), int(last)
+        if error is not None:
+            Rotary.check(error)
+        return seen
+
+    def look_at_rows(self, length: int) -> tuple[bool, bool]:
+        """Whether any row begins later than token 0, and whether all begin among `length` tokens."""
+        starts: Any = self.starts
+        late, begun = self.look((starts > 0).any(), (starts < length).all())
+        return bool(late), bool(begun)
+
+    def check_compressed(self, running: ForwardPass, num_stored: int, positions: torch.Tensor | None) -> None:
+        """Look at what is known of tokens that leave the window, in one synchronization.
+
+        Args:
+            running: The pass that compressed them.
+            num_stored: Tokens that have left the window now.
+            positions: Of all tokens, `[B, T]`; None if the model passes none.
+
+        Raises:
+            ValueError: if a state is NaN or infinite, or the model turns keys otherwise.
+        """
+        names, flags = list(running.finite), list(running.finite.values())
+        running.finite.clear()
+        straight, *finite = self.look(None if positions is None else self.are_straight(positions, num_stored), *flags)
+        for name, fine in zip(names, finite, strict=True):
+            if not fine:
+                raise ValueError(_FINITE.format(name))
+        self.straight = straight is None or bool(straight)
+        self.forget_tables()
 
     def sink_tokens(self, device: torch.device) -> torch.Tensor:
         """Token of each sink, int64 `[B, sink_length]`."""
@@ -365,6 +372,8 @@ class TokenState:
 
     def count(self, running: ForwardPass) -> None:
         """Count the tokens of a pass that is complete."""
+        if running.settled and not self.settled:
+            self.begun_by = running.after
         self.length, self.num_stored, self.settled = running.after, running.stored_after, running.settled
 
     def close(self) -> None:
@@ -380,8 +389,8 @@ class TokenState:
             self.length = length
             self.num_stored = min(self.num_stored, length)
             # A row cut back into its padding may begin elsewhere next time.
-            if self.starts is not None and self.padded:
-                self.settled = bool((self.starts < length).all())
+            if self.starts is not None and self.padded and length < self.begun_by:
+                self.settled, self.begun_by = bool((self.starts < length).all()), length
             self._look_whether_straight()
             self._version += 1
 
@@ -415,7 +424,7 @@ class TokenState:
         self._positions = None if positions is None else positions.clone()
         if starts is not None:
             self.padded = bool((starts > 0).any())
-            self.settled = bool((starts < length).all())
+            self.settled, self.begun_by = bool((starts < length).all()), length
             self.straight = positions is None or bool(self.are_straight(positions, num_stored))
 
     def tensors(self) -> list[torch.Tensor]:
@@ -575,10 +584,12 @@ class LayerState:
         return [*self.codes.values(), *self.exact.values()]
 
 
-def _runs(first: int, last: int, ring: int, offset: int) -> Iterable[tuple[slice, tuple[int, int]]]:
+def _runs(first: int, last: int, ring: int, offset: int) -> list[tuple[slice, tuple[int, int]]]:
     """Slices of a ring that begins at `offset`, and the tokens in them, for tokens `first` to `last`."""
+    runs = []
     while first < last:
         slot = first % ring
         count = min(last - first, ring - slot)
-        yield slice(offset + slot, offset + slot + count), (first, first + count)
+        runs.append((slice(offset + slot, offset + slot + count), (first, first + count)))
         first += count
+    return runs
