@@ -240,8 +240,7 @@ class GSRQLayer(CacheLayerMixin):
         Returns:
             `[B, Q, Hq, D]`.
         """
-        if not torch.compiler.is_compiling():
-            self.attended = True
+        self.attended = True
         return self.kernel(
             query, key, value, *self.kernel_inputs,
             sink_length=self.options.sink_length, mask=mask, scaling=scaling, softcap=softcap,
