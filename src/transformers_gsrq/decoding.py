@@ -58,14 +58,15 @@ class DecodingCall:
         """
         return functools.partial(self._step, compile_config)
 
-    def _step(self, compile_config: Any, **inputs: Any) -> Any:
-        cache = find_cache((), inputs)
+    def _step(self, compile_config: Any, /, *args: Any, **inputs: Any) -> Any:
+        cache = find_cache(args, inputs)
         compiled = functools.partial(type(self.model).get_compiled_call, self.model, compile_config)
         if cache is None:
-            return compiled()(**inputs)
-        step = _read_step(inputs)
+            return compiled()(*args, **inputs)
+        # generate passes everything by name.
+        step = None if args else _read_step(inputs)
         if step is None:
-            return self.model(**inputs)
+            return self.model(*args, **inputs)
         with _driven(cache, self.model, step):
             if not cache.reads_codes:
                 return self.model(**inputs)
