@@ -82,13 +82,14 @@ class DecodingCall:
             compile_config.mode = mode
         return type(self.model).get_compiled_call(self.model, compile_config)
 
-    def _step(self, compile_config: Any, state: int, **inputs: Any) -> Any:
-        cache = find_cache((), inputs)
+    def _step(self, compile_config: Any, state: int, /, *args: Any, **inputs: Any) -> Any:
+        cache = find_cache(args, inputs)
         if cache is None:
-            return type(self.model).get_compiled_call(self.model, compile_config)(**inputs)
-        step = _read_step(inputs)
+            return type(self.model).get_compiled_call(self.model, compile_config)(*args, **inputs)
+        # generate passes everything by name.
+        step = None if args else _read_step(inputs)
         if step is None:
-            return self.model(**inputs)
+            return self.model(*args, **inputs)
         with _driven(cache, self.model, step):
             if not cache.reads_codes:
                 return self.model(**inputs)

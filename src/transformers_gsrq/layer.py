@@ -247,9 +247,10 @@ class GSRQLayer(CacheLayerMixin):
             `[B, Q, Hq, D]`.
         """
         self.attended = True
-        # A mask of the length of the text comes in another shape each time.
-        passing = mask is not None and mask.shape[-1] < self.tokens.room
-        if torch.compiler.is_compiling() or passing or not query.is_cuda or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not query.is_cuda or torch.cuda.is_current_stream_capturing():
+            return self._launch(query, key, value, mask, scaling, softcap)
+        if mask is not None and mask.shape[-1] < self.tokens.room:
+            # As long as the text: it comes in another shape each time.
             return self._launch(query, key, value, mask, scaling, softcap)
         # Python takes longer to launch five kernels than the GPU to run them on a short text.
         name = query.shape, query.dtype, None if mask is None else mask.shape, scaling, softcap

@@ -24,7 +24,12 @@ TESTS = Path(__file__).parents[1]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run compiled here")
 @pytest.mark.parametrize(
     "file",
-    ["ops/test_encode.py", "ops/test_decode_attention.py", pytest.param("test_kernels.py", marks=pytest.mark.host)],
+    [
+        "ops/test_encode.py",
+        "ops/test_decode_attention.py",
+        pytest.param("test_kernels.py", marks=pytest.mark.host),
+        pytest.param("test_decoding.py", marks=pytest.mark.host),
+    ],
 )
 def test_kernels_in_the_interpreter(file: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
