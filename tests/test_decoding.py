@@ -209,14 +209,13 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(way: str, monkeypatch: pyt
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The epoch of each step that is captured."""
     made: list[int] = []
-    real = decoding._Graph.capture
+    real = decoding._Graph.record
 
-    def capture(graph: decoding._Graph) -> None:
-        cache = graph.inputs[CACHE_ARGUMENT]
-        real(graph)
-        made.append(cache.tokens.epoch)
+    def record(graph: decoding._Graph, forward: Any, inputs: dict[str, Any]) -> None:
+        real(graph, forward, inputs)
+        made.append(inputs[CACHE_ARGUMENT].tokens.epoch)
 
-    monkeypatch.setattr(decoding._Graph, "capture", capture)
+    monkeypatch.setattr(decoding._Graph, "record", record)
     return made
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
+from .compat import CACHE_ARGUMENT
 from .graphs import record
 from .steps import Step, find_cache
 
@@ -87,7 +89,7 @@ class DecodingCall:
         if cache is None:
             return type(self.model).get_compiled_call(self.model, compile_config)(*args, **inputs)
         # generate passes everything by name.
-        step = None if args else _read_step(inputs)
+        step = None if args else self._read_step(cache, inputs)
         if step is None:
             return self.model(*args, **inputs)
         with _driven(cache, self.model, step):
@@ -98,6 +100,32 @@ class DecodingCall:
                 # The graph is recorded here, where counts are known, instead of by the compiler.
                 forward = self._compiled(compile_config, _WITHOUT_GRAPHS.get(compile_config.mode, compile_config.mode))
             return self._replay(cache, forward, state, inputs)
+
+    def _read_step(self, cache: Any, inputs: dict[str, Any]) -> Step | None:
+        """What a model will tell its attention layers, as far as a cache must know it; None if it cannot be seen here.
+
+        A mask that the model would make of lengths in Python is made here, as `generate` does: recorded, it would stay
+        what it was.
+        """
+        ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+        if ids is None or positions is None or positions.dim() != 2 or not cache:
+            return None
+        if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+            like = torch.empty(*ids.shape, 0, dtype=self.model.dtype, device=ids.device)
+            mask = inputs["attention_mask"] = make(
+                config=self.model.config,
+                inputs_embeds=like,
+                attention_mask=mask,
+                position_ids=positions,
+                **{CACHE_ARGUMENT: cache},
+            )
+        if isinstance(mask, dict):
+            # Of models that name the kinds of their layers; all of those that come here are of one.
+            mask = mask.get("full_attention")
+        if mask is not None and mask.dim() != 4:
+            return None
+        return Step(positions, None, mask, ids.shape[0], ids.shape[1], ids.device)
 
     def _replay(self, cache: Any, forward: Callable[..., Any], state: int, inputs: dict[str, Any]) -> Any:
         reason = self.reason or _why_not_recorded(cache, inputs)
@@ -155,17 +183,6 @@ class _driven:
                 cache.roll_back()
         finally:
             cache.driven = False
-
-
-def _read_step(inputs: dict[str, Any]) -> Step | None:
-    """What a model will tell its attention layers, as far as a cache must know it; None if it cannot be seen here."""
-    ids, positions, mask = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
-    if isinstance(mask, dict):
-        # Of models that name the kinds of their layers; all of those that come here are of one.
-        mask = mask.get("full_attention")
-    if ids is None or positions is None or positions.dim() != 2 or (mask is not None and mask.dim() != 4):
-        return None
-    return Step(positions, None, mask, ids.shape[0], ids.shape[1], ids.device)
 
 
 def _why_not_recorded(cache: Any, inputs: dict[str, Any]) -> str:

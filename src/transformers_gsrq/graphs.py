@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def record(run: Callable[[], Any], device: torch.device, pool: Any = None) -> tu
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, current = _recording_stream(torch.cuda.current_device()), torch.cuda.current_stream()
         random = torch.cuda.default_generators[torch.cuda.current_device()]
         state = random.get_state()
         stream.wait_stream(current)
@@ -48,6 +49,12 @@ def record(run: Callable[[], Any], device: torch.device, pool: Any = None) -> tu
         finally:
             current.wait_stream(stream)
     return graph, out
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    # One for all recordings: libraries keep a workspace for every stream that they have seen.
+    return torch.cuda.Stream(device)
 
 
 class StepInputs:
