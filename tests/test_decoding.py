@@ -63,6 +63,12 @@ def model() -> PreTrainedModel:
     return build()
 
 
+def decoding_call(model: PreTrainedModel, config: CompileConfig | None = None) -> Callable[..., Any]:
+    """The call of a decoding step of a model with our hooks."""
+    attach(model)
+    return model.get_compiled_call(config)
+
+
 def books(model: PreTrainedModel) -> GSRQCodebooks:
     return random_codebooks(model, bits=0.25, subspace_dim=64, num_centroids=256)
 
@@ -137,7 +143,11 @@ DRAFT = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
 def test_modes_of_generate(model: PreTrainedModel, mode: str, way: str) -> None:
     codebooks, results = books(model), []
     ids = {"beams": IDS[:1, :20], "prompt-lookup": IDS[:1, :7].repeat(1, 3), "assisted": IDS[:1, :20]}[mode]
-    settings = {"beams": {"num_beams": 2}, "prompt-lookup": DRAFT, "assisted": {"assistant_model": build()}}[mode]
+    draft = build()
+    # Never more tokens at once than kernels take.
+    draft.generation_config.num_assistant_tokens = 3
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    settings = {"beams": {"num_beams": 2}, "prompt-lookup": DRAFT, "assisted": {"assistant_model": draft}}[mode]
     speed_up = {"compile_config": counting_compiler()[0]} if way == "compiled" else {}
     for each in ({"disable_compile": True}, speed_up):
         cache = make_cache(model, codebooks)
@@ -174,7 +184,7 @@ def test_other_caches_are_compiled_as_without_us(kind: str) -> None:
 def test_a_step_that_fails_leaves_the_cache_as_it_was(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     torch.compiler.reset()
-    call = model.get_compiled_call(CompileConfig(backend="eager", mode=None) if way == "compiled" else None)
+    call = decoding_call(model, CompileConfig(backend="eager", mode=None) if way == "compiled" else None)
     cache = prefill(model, make_cache(model, books(model)), IDS[:1, :20])
     for index in (20, 21):
         step(model, cache, IDS[:1, index : index + 1], index)
@@ -240,7 +250,8 @@ def test_captured_text_is_the_eager_one(each_model: PreTrainedModel, captures: l
             ids = torch.cat([turns[eager][-1].sequences.cpu(), IDS[:, :5]], 1)
             mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
         assert len(captures) == (0 if eager else len(set(captures)))
-    assert 1 <= len(captures) <= 2
+    # Room for a longer text, and for the several tokens of the second prompt, moves what a graph reads.
+    assert 1 <= len(captures) <= 3
     for found, expected in zip(turns[False], turns[True], strict=True):
         assert_same(found, expected)
 
@@ -250,7 +261,7 @@ def test_captured_text_is_the_eager_one(each_model: PreTrainedModel, captures: l
 def test_a_text_of_unknown_length_is_captured_a_few_times(model: PreTrainedModel, captures: list[int]) -> None:
     """Room for codes doubles: only then does anything move that a graph reads."""
     codebooks, tokens, logits = books(model), 600, {}
-    for way, call in (("eager", model), ("captured", model.get_compiled_call(None))):
+    for way, call in (("eager", model), ("captured", decoding_call(model))):
         cache = prefill(model, make_cache(model, codebooks), IDS[:, :20])
         each = [step(call, cache, IDS[:, i % 33 :][:, :1], i) for i in range(20, 20 + tokens)]
         logits[way] = torch.cat(each, 1)
@@ -265,7 +276,7 @@ def test_crops_and_other_caches_between_replays(model: PreTrainedModel, captures
     make = torch.Generator().manual_seed(1)
     logits = {}
     codebooks = books(model)
-    for way, call in (("eager", model), ("captured", model.get_compiled_call(None))):
+    for way, call in (("eager", model), ("captured", decoding_call(model))):
         make.manual_seed(1)
         caches = [prefill(model, make_cache(model, codebooks), IDS[:, :width]) for width in (20, 30)]
         logits[way] = []
@@ -314,7 +325,7 @@ def test_an_interrupt_between_replays(model: PreTrainedModel, captures: list[int
 @needs_gpu
 def test_an_interrupt_in_a_replay(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the graph wrote does not count: the same step again gives the same."""
-    call = model.get_compiled_call(None)
+    call = decoding_call(model)
     cache = prefill(model, make_cache(model, books(model)), IDS[:, :20])
     for index in range(20, 24):
         step(call, cache, IDS[:, index : index + 1], index)

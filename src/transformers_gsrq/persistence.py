@@ -410,7 +410,8 @@ def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[
     """Add a layer's tensors to `tensors` and describe the rest of it."""
     if isinstance(layer, GSRQLayer):
         for name, tensor in layer.tensors().items():
-            tensors[f"{prefix}.{name}"] = tensor
+            # One after another: what lies in two parts of a ring is joined in memory of its own.
+            tensors[f"{prefix}.{name}"] = tensor.detach().cpu()
         return {
             # transformers 5.17 crops by a tensor.
             "num_stored": int(layer.num_stored),
