@@ -730,7 +730,8 @@ class GSRQCache(SteppedCache):
         file = persistence.read_header(path)
         if options.get("sink_length", file.options.sink_length) != file.options.sink_length:
             raise ValueError(f"This cache was made with sink_length={file.options.sink_length}, which cannot change.")
-        cache = cls(codebooks, model, **{**dataclasses.asdict(file.options), **options})
+        # How long the text was to become was another call's business.
+        cache = cls(codebooks, model, **{**dataclasses.asdict(file.options), "max_length": None, **options})
         persistence.check_origin(file, cache.codebooks, model)
         persistence.fill_cache(file, cache.layers, cache.tokens, model)
         return cache

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from .ops import BACKENDS
 
+# Far beyond what brings anything; a wider one takes minutes a token.
+WIDEST_BEAM = 256
+
 
 @dataclass(frozen=True)
 class CacheOptions:
@@ -33,6 +36,8 @@ class CacheOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 optional = " or None" if name == "max_length" else ""
                 raise ValueError(f"{name} must be an integer of at least {smallest}{optional}, got {value!r}.")
+        if self.beam_width > WIDEST_BEAM:
+            raise ValueError(f"beam_width must be {WIDEST_BEAM} at most, got {self.beam_width}.")
         if not isinstance(self.quantize_prefill, bool):
             raise ValueError(f"quantize_prefill must be True or False, got {self.quantize_prefill!r}.")
         if self.backend not in BACKENDS:

@@ -104,8 +104,9 @@ class Rotary:
         if not error <= 1:
             raise ValueError(
                 f"The model's rotary embedding differs from the one read from it by {error:.3g} times the tolerance "
-                f"({MAX_ULPS} roundings), so keys cannot be un-rotated exactly. Its layout (interleaved pairs, "
-                "several axes) or its length-dependent frequencies are not supported."
+                f"({MAX_ULPS} roundings), so keys cannot be un-rotated exactly. If the model was given another dtype "
+                "since the cache was made, make a new cache; else its layout (interleaved pairs, several axes) or its "
+                "length-dependent frequencies are not supported."
             )
 
 

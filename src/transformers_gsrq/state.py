@@ -19,6 +19,8 @@ from .rope import Rotary
 
 # Slots of a ring are a multiple of this.
 RING_UNIT = 16
+# Slots of a ring at first, if the window is longer.
+FIRST_RING = 256
 
 
 def round_up(number: int, unit: int) -> int:
@@ -130,7 +132,7 @@ class TokenState:
         """Forget every token."""
         self.length = self.num_stored = 0
         self.capacity = 0
-        self.ring = self.least_ring
+        self.ring = min(self.least_ring, FIRST_RING)
         self._positions: torch.Tensor | None = None
         self.starts: torch.Tensor | None = None
         self.padded = False
@@ -167,7 +169,7 @@ class TokenState:
 
     @property
     def least_ring(self) -> int:
-        """Slots that decoding token by token needs: a full window and one new token."""
+        """Slots that decoding token by token needs at most: a full window and one new token."""
         return round_up(self.full_window + 1, RING_UNIT)
 
     @property
@@ -192,9 +194,14 @@ class TokenState:
         return round_up(expected if expected >= num_codes else max(num_codes, 2 * self.capacity), PAGE_TOKENS)
 
     def ring_for(self, num_exact: int) -> int:
-        """Slots of the ring once `num_exact` tokens must fit; a ring that held a long prompt shrinks again."""
-        needed = max(self.least_ring, round_up(num_exact, RING_UNIT))
-        return needed if needed > self.ring or self.ring > 2 * needed else self.ring
+        """Slots of the ring once `num_exact` tokens must fit.
+
+        A window that is longer than most texts is not allocated before it is needed; a ring that held a long prompt
+        shrinks again.
+        """
+        needed = round_up(num_exact, RING_UNIT)
+        usual = max(needed, min(self.least_ring, max(FIRST_RING, 2 * needed)))
+        return usual if needed > self.ring or self.ring > 2 * usual else self.ring
 
     # Positions and padding
 
