@@ -175,7 +175,7 @@ def test_codes_that_no_centroid_has_and_rows_that_begin_nowhere(saved: dict[str,
     # Of a row that was cut back into its padding only that is known.
     starts = torch.tensor([2**62, 0])
     cache = file.load(file.write(path, file.document, {**file.tensors, "table.starts": starts}))
-    assert cache.tokens.starts is not None and cache.table.starts.tolist() == [file.document["num_tokens"], 0]
+    assert cache.tokens.starts is not None and cache.tokens.starts.tolist() == [file.document["num_tokens"], 0]
 
 
 def test_a_long_rotary_embedding_that_the_model_has_not(saved: dict[str, Saved], path: Path) -> None:
