@@ -15,12 +15,12 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformers_gsrq import GSRQCodebooks, GSRQConfig, calibrate, detach
-from transformers_gsrq.attention import is_attached
 from transformers_gsrq.calibration import finetune as module
 from transformers_gsrq.calibration.finetune import finetune
 from transformers_gsrq.calibration.recall import recall_window
 from transformers_gsrq.card import Rate, model_card
 from transformers_gsrq.cli.inspect import describe
+from transformers_gsrq.hooks import is_attached
 from transformers_gsrq.text import token_windows
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
