@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from .codebooks import GSRQCodebooks
 from .config import KINDS
 from .files import write_tensors
+from .foreign import shown
 from .layer import GSRQLayer
 from .models import attention_modules, execution_device, fingerprint
 from .options import CacheOptions
@@ -30,8 +31,6 @@ STATE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "
 # More than any context, and less than what overflows when it is multiplied by sizes.
 MAX_TOKENS = 2**31 - 1
 UPGRADE = "Upgrade it with `pip install -U transformers-gsrq`"
-# Characters of a file that a message quotes at most.
-MAX_QUOTED = 120
 
 _AGAIN = "It is damaged, or was changed: save the cache again."
 
@@ -124,22 +123,22 @@ def read_header(path: str | Path) -> CacheFile:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a header that is not valid JSON ({quoted(error)}). {_AGAIN}") from error
+        raise ValueError(f"{path} has a header that is not valid JSON ({shown(str(error))}). {_AGAIN}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that GSRQCache.save wrote.")
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {quoted(version)}; this transformers-gsrq reads version {FORMAT_VERSION}. "
+            f"{path} has format version {shown(version)}; this transformers-gsrq reads version {FORMAT_VERSION}. "
             f"{UPGRADE}, or make the cache again."
         )
     _check_fields(f"The header of {path}", document, _HEADER)
     for name in ("codebooks_digest", "model_fingerprint"):
         if len(document[name]) != 64 or not set(document[name]) <= set(string.hexdigits):
-            raise ValueError(f"{path} has a {name} that is no SHA-256 ({quoted(document[name])}). {_AGAIN}")
+            raise ValueError(f"{path} has a {name} that is no SHA-256 ({shown(document[name])}). {_AGAIN}")
     if document["dtype"] not in STATE_DTYPES.values():
         raise ValueError(
-            f"{path} holds states of dtype {quoted(document['dtype'])}; legal: {sorted(STATE_DTYPES.values())}. "
+            f"{path} holds states of dtype {shown(document['dtype'])}; legal: {sorted(STATE_DTYPES.values())}. "
             f"{_AGAIN}"
         )
     if not 1 <= document["num_tokens"] <= MAX_TOKENS:
@@ -149,7 +148,7 @@ def read_header(path: str | Path) -> CacheFile:
         options = CacheOptions(**document["options"])
     except ValueError as error:
         raise ValueError(
-            f"{path} was saved with an option that this transformers-gsrq does not take ({quoted(error)}). It is "
+            f"{path} was saved with an option that this transformers-gsrq does not take ({shown(str(error))}). It is "
             f"damaged, or made by a newer version: {UPGRADE}."
         ) from error
     return CacheFile(
@@ -235,7 +234,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({quoted(error)}). Save the cache again."
+            f"{path} is not a complete safetensors file ({shown(str(error))}). Save the cache again."
         ) from error
 
 
@@ -251,11 +250,11 @@ def _check_fields(what: str, fields: Any, types: Mapping[str, type | None]) -> N
         ValueError: for a field that is unknown, missing or of another type.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"{what} must have the fields {list(types)}, got {quoted(fields)}. {_AGAIN}")
+        raise ValueError(f"{what} must have the fields {list(types)}, got {shown(fields)}. {_AGAIN}")
     unknown = sorted(fields.keys() - types.keys())
     if unknown:
         raise ValueError(
-            f"{what}: {quoted(unknown)} is not known to this transformers-gsrq, so the file was made by a newer "
+            f"{what}: {shown(unknown)} is not known to this transformers-gsrq, so the file was made by a newer "
             f"version. {UPGRADE}, or make the cache again."
         )
     missing = sorted(types.keys() - fields.keys())
@@ -264,7 +263,7 @@ def _check_fields(what: str, fields: Any, types: Mapping[str, type | None]) -> N
     for name, kind in types.items():
         # Exactly this type: a bool is an int to Python.
         if kind is not None and type(fields[name]) is not kind:
-            raise ValueError(f"{what}: {name} must be of type {kind.__name__}, got {quoted(fields[name])}. {_AGAIN}")
+            raise ValueError(f"{what}: {name} must be of type {kind.__name__}, got {shown(fields[name])}. {_AGAIN}")
 
 
 def _check_parts(
@@ -293,7 +292,7 @@ def _check_parts(
     unknown = sorted(held.keys() - names - {"table.positions"})
     if unknown:
         raise ValueError(
-            f"{file.path} has tensors that this transformers-gsrq does not know ({quoted(unknown[:4])}), so it was "
+            f"{file.path} has tensors that this transformers-gsrq does not know ({shown(unknown[:4])}), so it was "
             f"made by a newer version. {UPGRADE}, or make the cache again."
         )
     starts = held["table.starts"][1]
@@ -398,12 +397,6 @@ def _check_codes(file: CacheFile, prefix: str, tensors: Mapping[str, torch.Tenso
                 f"{file.path}: {prefix}{kind}_codes has code {codes.max()}, the codebooks {num_centroids} centroids, "
                 f"counted from 0. {_AGAIN}"
             )
-
-
-def quoted(value: object) -> str:
-    """What a file says, for a message: short, in one line, and without anything that a terminal obeys."""
-    text = ascii(str(value) if isinstance(value, Exception) else value)
-    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def _collect(prefix: str, layer: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any] | None:
