@@ -115,6 +115,7 @@ def prefill(model: PreTrainedModel, cache: Cache, ids: torch.Tensor) -> Cache:
     return cache
 
 
+@pytest.mark.host
 @needs_kernels
 def test_a_step_is_compiled_once(each_model: PreTrainedModel) -> None:
     """One graph for all layers: for another cache, a longer prompt, padding, and when a chunk leaves the window."""

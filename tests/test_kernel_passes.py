@@ -106,6 +106,7 @@ def test_rows_that_are_left_behind_are_freed(model: LlamaForCausalLM, codebooks:
     assert all(layer.quantizers["key"] is cache.layers[0].quantizers["key"] for layer in other.layers[:1])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a minute in the interpreter")
 @torch.no_grad()
 def test_room_that_was_made_in_a_pass_that_failed(
     model: LlamaForCausalLM, codebooks: GSRQCodebooks, monkeypatch: pytest.MonkeyPatch
