@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tiny_models import SUPPORTED, random_codebooks
-from transformers_gsrq import GSRQCache
+from transformers_gsrq import GSRQCache, decoding
 from transformers_gsrq.compat import CACHE_ARGUMENT
 from transformers_gsrq.models import check_length, execution_device, fingerprint, position_limit
 
@@ -146,3 +146,16 @@ def test_the_limit_is_what_the_model_can_read(name: str) -> None:
                 ValueError, match=f"positions for {limit} tokens and cannot read {limit + 1}. Shorten it"
             ):
                 check_length(model, limit + 1, "Shorten it.")
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Telling, Refusing])
+def test_what_a_recorded_step_depends_on(kind: type) -> None:
+    """Weights elsewhere, training, hooks: no weight is asked for memory that it does not have."""
+    model = with_weight(kind(torch.ones(64)))
+    states = [decoding._state_of(model)]
+    model.model.norm.weight = nn.Parameter(kind(torch.ones(64)), requires_grad=False)
+    states.append(decoding._state_of(model))
+    states.append(decoding._state_of(model.train()))
+    model.model.norm.register_forward_hook(lambda *_: None)
+    states.append(decoding._state_of(model))
+    assert len(set(states)) == 4 and decoding._state_of(model) == states[-1]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
@@ -204,7 +205,10 @@ def _state_of(model: PreTrainedModel) -> int:
 
     Where its weights are, whether it trains, what hooks and adapters it has; weights may change in place.
     """
-    parts: list[Any] = [tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())]
+    # Weights that wrap others, as of torchao, have no memory of their own to point to.
+    plain = (torch.Tensor, nn.Parameter)
+    weights = itertools.chain(model.parameters(), model.buffers())
+    parts: list[Any] = [weight.data_ptr() if type(weight) in plain else id(weight) for weight in weights]
     for module in model.modules():
         adapters = str(getattr(module, "active_adapters", "")), str(getattr(module, "disable_adapters", ""))
         parts.append((module.training, len(module._forward_hooks), len(module._forward_pre_hooks), adapters))
@@ -254,7 +258,11 @@ class _Graph:
         self.held = [value for _, value in _leaves(held) if isinstance(value, torch.Tensor)]
         self.recorded, output = record(lambda: forward(**held), self.held[0].device)
         self.kind = type(output)
-        # What is no tensor is the cache, which the model gives back under the name that it was given by.
+        other = [n for n, v in output.items() if not isinstance(v, torch.Tensor) and v is not inputs.get(n)]
+        if other:
+            self.recorded = None
+            raise RuntimeError(f"its output has {', '.join(other)}, which is neither a tensor nor its cache")
+        # The cache comes with the inputs of each replay.
         self.output = {name: value if isinstance(value, torch.Tensor) else None for name, value in output.items()}
 
     def replay(self, inputs: dict[str, Any]) -> Any:
