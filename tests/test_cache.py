@@ -152,6 +152,7 @@ def test_backend_is_that_of_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(GSRQCache, "_prepare_kernels", lambda self, running: None)
     cache.driven = True
+    cache._all_read = True
     for layer in cache.layers:
         layer.can_read_codes = True
     said = []

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import weakref
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import transformers_gsrq
 from test_kernels import DEVICE, RUNS, make_cache
 from test_kernels import codebooks as codebooks
 from test_kernels import model as model
@@ -146,3 +150,37 @@ def test_a_first_layer_that_does_not_turn_its_keys() -> None:
     step(model, cache, 0, 24, position_ids=positions)
     step(model, cache, 24, 25, position_ids=positions[:, -1:] + 1)
     assert cache.backend == "torch"
+
+
+def calls_of_a_token(num_layers: int) -> int:
+    """Python functions of the package that a decoded token calls, without those of the kernels themselves."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(DEVICE, torch.float16).eval()
+    cache = GSRQCache(random_codebooks(model, bits=0.25, subspace_dim=64, num_centroids=256), model, residual_length=8)
+    package, calls = str(Path(transformers_gsrq.__file__).parent), 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        file = frame.f_code.co_filename
+        calls += event == "call" and file.startswith(package) and "/ops/" not in file
+
+    with torch.no_grad():
+        step(model, cache, 0, 20)
+        # Recorded by the third, on a GPU.
+        for first in range(20, 23):
+            step(model, cache, first, first + 1)
+        sys.setprofile(count)
+        try:
+            step(model, cache, 23, 24)
+        finally:
+            sys.setprofile(None)
+    assert cache.backend == "triton"
+    return calls
+
+
+def test_a_layer_calls_few_functions_a_token() -> None:
+    assert calls_of_a_token(3) - calls_of_a_token(2) <= 12

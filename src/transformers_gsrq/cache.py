@@ -124,10 +124,12 @@ class GSRQCache(SteppedCache):
         self._backend = "torch"
         # What `attention.why_not_kernels` said, and what it was asked about.
         self._kernels: tuple[tuple[Any, ...], str | None] = ((), None)
+        # Whether every compressed layer can attend to its codes by kernels.
+        self._all_read = False
         self._num_query_heads: int = model.config.get_text_config(decoder=True).num_attention_heads
-        # Memory that kernels work in, by device; and the epoch of the tensors that layers have at hand for them.
+        # Memory that kernels work in, by device; and the epoch, and the tokens of a step, that layers are ready for.
         self.workspaces: dict[torch.device, torch.Tensor] = {}
-        self._prepared = -1
+        self._prepared = -1, 0
         # Captured decoding steps; they hold tensors of this cache.
         self.graphs: dict[Any, Any] = {}
         self._empty = self._snapshot()
@@ -153,7 +155,7 @@ class GSRQCache(SteppedCache):
             "driven": False,
             "graphs": {},
             "workspaces": {},
-            "_prepared": -1,
+            "_prepared": (-1, 0),
         }
         other.__dict__.update({n: v if n in shared else copy.deepcopy(v, memo) for n, v in state.items()})
         return other
@@ -223,8 +225,11 @@ class GSRQCache(SteppedCache):
             return
         tokens, options, new = self.tokens, self.options, step.num_tokens
         self._check_step(step)
+        if tokens.offloaded:
+            for each in self.compressed_layers:
+                each.prefetch()
+            tokens.offloaded = False
         for each in self.compressed_layers:
-            each.prefetch()
             each.attended = False
         positions, settled = self._note_tokens(step)
         due = tokens.num_exact - tokens.residual_length if tokens.num_exact >= tokens.full_window else 0
@@ -350,6 +355,7 @@ class GSRQCache(SteppedCache):
                 reasons.append(attention.why_not_kernels(layer, module, device, first.dtype))  # type: ignore[arg-type]
                 layer.can_read_codes = reasons[-1] is None
             self._kernels = asked, None if None in reasons else reasons[0]
+            self._all_read = all(reason is None for reason in reasons)
         return self._kernels[1]
 
     def _make_room(self, running: ForwardPass) -> None:
@@ -374,10 +380,11 @@ class GSRQCache(SteppedCache):
     def _prepare_kernels(self, running: ForwardPass) -> None:
         """Bring what kernels read up to date: counts at each step, the rest where something moved."""
         tokens, layers = self.tokens, self.compressed_layers
-        devices = {layer.device for layer in layers}
         queries = next(size for size in (1, 4, attention.MAX_QUERIES) if size >= running.num_new)
-        for device in devices:
-            counts = tokens.counts(device, running.stored, running.exact)
+        counts = {device: tokens.counts(device, running.stored, running.exact) for device in self._devices()}
+        if self._prepared[0] == tokens.epoch and self._prepared[1] >= queries:
+            return
+        for device in counts:
             held = self.workspaces.get(device)
             needed = max(
                 layer.workspace_bytes(self._num_query_heads, queries, device)
@@ -388,11 +395,14 @@ class GSRQCache(SteppedCache):
                 with torch.inference_mode(False):
                     self.workspaces[device] = torch.empty(needed, dtype=torch.uint8, device=device)
                 tokens.epoch += 1
-        if self._prepared != tokens.epoch:
+        if self._prepared[0] != tokens.epoch:
             for layer in layers:
-                counts = tokens.counts(layer.device, running.stored, running.exact)
-                layer.prepare_kernels(counts, self.workspaces[layer.device])
-            self._prepared = tokens.epoch
+                layer.prepare_kernels(counts[layer.device], self.workspaces[layer.device])
+        self._prepared = tokens.epoch, queries
+
+    def _devices(self) -> list[torch.device]:
+        """Where compressed layers compute."""
+        return list(dict.fromkeys([layer.device for layer in self.compressed_layers]))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -446,12 +456,9 @@ class GSRQCache(SteppedCache):
             for layer in self.compressed_layers if running.leaving else ():
                 layer.finish(running)
             self.tokens.count(running)
-            self._backend = "triton" if running.reads_codes and self._all_read() else "torch"
+            self._backend = "triton" if running.reads_codes and self._all_read else "torch"
         self.tokens.close()
         self._before = None
-
-    def _all_read(self) -> bool:
-        return all(layer.can_read_codes for layer in self.compressed_layers)
 
     def _check_complete(self, running: ForwardPass) -> None:
         for layer in self.compressed_layers:
@@ -568,7 +575,7 @@ class GSRQCache(SteppedCache):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile or capture a decoding step: all layers read codes by kernels."""
-        return len(self.compressed_layers) == len(self.layers) and self.kernel_reason() is None and self._all_read()
+        return len(self.compressed_layers) == len(self.layers) and self.kernel_reason() is None and self._all_read
 
     def __bool__(self) -> bool:
         # An empty cache is false, like any empty container. Models that drop "a cache" when the prompt exceeds their

@@ -117,8 +117,10 @@ def _before_attention(
         return None
     if cache.wants_steps:
         _stage(cache, module, args, kwargs)
-    if cache.reads_codes and attention.is_routed(module):
-        layer = cache.layers[module.layer_idx]
+    # Some versions of transformers keep no layer for a module that reads the states of an earlier one.
+    index: Any = module.layer_idx
+    if cache.reads_codes and index < len(cache.layers):
+        layer = cache.layers[index]
         if getattr(layer, "can_read_codes", False):
             return args, {**kwargs, attention.LAYER_ARGUMENT: layer}
     return None

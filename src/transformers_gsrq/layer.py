@@ -434,6 +434,7 @@ class GSRQLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Move the states to the CPU."""
         self._move("cpu")
+        self.tokens.offloaded = True
 
     def prefetch(self) -> None:
         """Move offloaded states back."""

@@ -115,6 +115,7 @@ class TokenState:
         dtypes: Grows whenever a layer begins to hold states, or holds them in another dtype.
         running: The forward pass that is running, once it is known what it does; None between passes.
         reads_codes: `running.reads_codes`, False between passes: the one thing that traced code looks at.
+        offloaded: Whether a layer's states were moved to the CPU.
         rotary_error: Differences found by `Rotary.error` and not looked at yet.
     """
 
@@ -126,6 +127,7 @@ class TokenState:
         self.epoch = self.dtypes = 0
         self.running: ForwardPass | None = None
         self.reads_codes = False
+        self.offloaded = False
         self.reset()
 
     def reset(self) -> None:
