@@ -161,7 +161,7 @@ def fill_compressed(model: PreTrainedModel, cache: GSRQCache, count: int) -> GSR
             tensors[f"{kind}_codes"] = torch.randint(0, 256, size, dtype=torch.uint8, device=model.device)
         cache.layers[index].fill(tensors, stored, long_rotary=False)
     positions = torch.arange(count, dtype=torch.int32, device=model.device)[None]
-    cache.table.fill(count, positions, torch.zeros(1, dtype=torch.long, device=model.device))
+    cache.tokens.fill(count, stored, positions, torch.zeros(1, dtype=torch.long, device=model.device))
     return cache
 
 

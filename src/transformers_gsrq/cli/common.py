@@ -197,12 +197,21 @@ def files_name(paths: list[Path]) -> str:
     return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
 
 
+def check_source(text: list[Path] | None, dataset: str | None) -> None:
+    """Check that one kind of text was named, before anything is read.
+
+    Raises:
+        ValueError: if none was, or both.
+    """
+    if bool(text) == bool(dataset):
+        raise ValueError("Say what to read: --text FILE, or --dataset NAME, and not both.")
+
+
 def named_texts(
     text: list[Path] | None, dataset: str | None, split: str, column: str, config: str | None
 ) -> tuple[list[str], str]:
     """Texts of files or of a dataset, and what to call them."""
-    if bool(text) == bool(dataset):
-        raise ValueError("Say what to read: --text FILE, or --dataset NAME, and not both.")
+    check_source(text, dataset)
     if text:
         return read_texts(text), files_name(text)
     return read_dataset(dataset or "", split=split, column=column, config=config), f"{dataset}, split {split}"

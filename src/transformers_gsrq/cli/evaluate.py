@@ -33,6 +33,7 @@ from .common import (
     SplitOption,
     TextOption,
     TokenOption,
+    check_source,
     command_line,
     named_texts,
 )
@@ -105,6 +106,7 @@ def run(
         seed=seed,
     )
     _check(settings, codebooks, bits or [], plots, save)
+    check_source(text, dataset)
     sources = {source: GSRQCodebooks.from_pretrained(source, token=token) for source in codebooks}
     _check_different(sources)
     rates = {**sources, **{f"{rate:g} bits": lower_rate(sources[codebooks[0]], rate) for rate in bits or ()}}
