@@ -42,6 +42,12 @@ from .state import ForwardPass, TokenState
 from .steps import Step, SteppedCache
 from .support import check_attention
 
+_NOT_BEGUN = (
+    "This cache was not told that a forward pass begins: its model was detached, or never attached, or its layers are "
+    "run one by one. Call transformers_gsrq.attach(model), or make a new GSRQCache with model=model; and call the "
+    "model, or model.get_decoder(), not its layers."
+)
+
 
 class GSRQCache(SteppedCache):
     """KV cache for `model.generate` and forward calls that stores tokens as gain-shape residual codes.
@@ -193,9 +199,7 @@ class GSRQCache(SteppedCache):
                 "This cache was made for another model. Make one for each model: GSRQCache(codebooks, model=model)."
             )
         self._thread = threading.get_ident()
-        self._before = {
-            index: attributes(layer) for index, layer in enumerate(self.layers) if not isinstance(layer, GSRQLayer)
-        }
+        self._before = self._snapshot()
 
     def stage_step(self, module: nn.Module, step: Step) -> None:
         """Work out what the running pass does, once for all its layers (called by the hooks of `attach`).
@@ -215,11 +219,7 @@ class GSRQCache(SteppedCache):
                 kernels were asked for and cannot run.
         """
         if self._before is None:
-            raise RuntimeError(
-                "This cache was not told that a forward pass begins: its model was detached, or never attached, or "
-                "its layers are run one by one. Call transformers_gsrq.attach(model), or make a new GSRQCache with "
-                "model=model; and call the model, or model.get_decoder(), not its layers."
-            )
+            raise RuntimeError(_NOT_BEGUN)
         layer: Any = self.layers[module.layer_idx] if module.layer_idx < len(self.layers) else None  # type: ignore[operator]
         if not isinstance(layer, GSRQLayer):
             return
@@ -422,11 +422,7 @@ class GSRQCache(SteppedCache):
     def _check_begun(self, layer_idx: int) -> None:
         if self._before is None or isinstance(self.layers[layer_idx], GSRQLayer):
             self._break_if_changed()
-            raise RuntimeError(
-                "This cache was not told that a forward pass begins: its model was detached, or never attached, or "
-                "its layers are run one by one. Call transformers_gsrq.attach(model), or make a new GSRQCache with "
-                "model=model; and call the model, or model.get_decoder(), not its layers."
-            )
+            raise RuntimeError(_NOT_BEGUN)
 
     def commit_pass(self) -> None:
         """Count what the running pass wrote; it is complete (called by the hooks of `attach`).
